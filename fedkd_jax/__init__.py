@@ -1,0 +1,33 @@
+"""fedkd_jax: a vectorised simulator of FedKD. Public names, in reading order."""
+
+from fedkd_jax.types import (
+    Algorithm,
+    Batch,
+    ClientState,
+    Codec,
+    FederatedData,
+    History,
+    LocalResult,
+    LossTerms,
+    LowRank,
+    Model,
+    Outputs,
+    Payload,
+    RoundInfo,
+    ServerState,
+    State,
+)
+from fedkd_jax.losses import cross_entropy, hidden_loss, kl_divergence, layer_map, mutual_distillation, task_terms
+from fedkd_jax.svd import energy_threshold, matrix_shape, reconstruct, retained_rank, truncated_svd
+from fedkd_jax.codecs import identity_codec, payload_bytes, payload_floats, svd_codec
+from fedkd_jax.local import local_steps
+from fedkd_jax.aggregate import example_weight, uniform_weight
+from fedkd_jax.cohort import client_key, put, sample_cohort, take
+from fedkd_jax.parallel import Layout, client_mesh, map_clients
+from fedkd_jax.rounds import federated_round
+from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
+from fedkd_jax.population import init_state
+from fedkd_jax.evaluate import evaluate
+from fedkd_jax.metrics import accuracy
+from fedkd_jax.simulate import simulate
+from fedkd_jax.models import cnn, freeze, from_nnx, mlp

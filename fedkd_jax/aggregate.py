@@ -1,0 +1,56 @@
+"""How the server weighs and averages its clients."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from fedkd_jax.types import Array, PyTree
+
+
+def example_weight(count: Int[Array, ""]) -> Float[Array, ""]:
+    """FedAvg's weight: the client's number of examples.
+
+    >>> float(example_weight(jnp.int32(7)))
+    7.0
+    """
+    return jnp.asarray(count, jnp.float32)
+
+
+def uniform_weight(count: Int[Array, ""]) -> Float[Array, ""]:
+    """1 for every client that has examples.
+
+    >>> float(uniform_weight(jnp.int32(7))), float(uniform_weight(jnp.int32(0)))
+    (1.0, 0.0)
+    """
+    return (jnp.asarray(count) > 0).astype(jnp.float32)
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every inexact leaf is finite everywhere.
+
+    >>> bool(all_finite({"a": jnp.ones(3), "n": jnp.int32(1)})), bool(all_finite(jnp.array([1.0, jnp.nan])))
+    (True, False)
+    """
+    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
+
+
+def weighted(update: PyTree, weight: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+    """One client's summand of the weighted mean; weight zero gives exact zeros, whatever the update holds.
+
+    >>> summand, weight = weighted({"w": jnp.array([jnp.nan])}, jnp.float32(0))
+    >>> float(summand["w"][0])
+    0.0
+    """
+    return jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, jnp.zeros_like(x)), update), weight
+
+
+def weighted_mean(summed: tuple[PyTree, Float[Array, ""]]) -> PyTree:
+    """The mean from summands added up in any grouping; zeros where all weights are zero.
+
+    >>> parts = [weighted(jnp.float32(x), jnp.float32(w)) for x, w in ((2.0, 1), (5.0, 2))]
+    >>> float(weighted_mean(jax.tree.map(jnp.add, *parts)))
+    4.0
+    """
+    total, weight = summed
+    return jax.tree.map(lambda x: x / jnp.where(weight > 0, weight, 1.0), total)

@@ -1,0 +1,422 @@
+"""Experiments as files: frozen dataclasses, a strict YAML loader, and the only place where strings become functions.
+
+An error is one line that names the key, its value and what is allowed, and it comes before anything compiles.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import types
+import typing
+from typing import Any, Literal
+
+import numpy as np
+import optax
+import yaml
+
+from fedkd_jax import data as fd
+from fedkd_jax.aggregate import example_weight, uniform_weight
+from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
+from fedkd_jax.codecs import identity_codec, svd_codec
+from fedkd_jax.losses import mutual_distillation
+from fedkd_jax.models import cnn, mlp
+from fedkd_jax.parallel import Layout
+from fedkd_jax.svd import energy_threshold
+from fedkd_jax.types import Algorithm, Codec, FederatedData, Model
+
+
+class ConfigError(ValueError):
+    """A key of a config that cannot be; one line.
+
+    >>> str(ConfigError("data.alpha", -1, "a number above 0"))
+    'data.alpha is -1; allowed: a number above 0'
+    """
+
+    def __init__(self, key: str, value: Any, allowed: str):
+        super().__init__(f"{key} is {value!r}; allowed: {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and who holds them.
+
+    >>> DataConfig().partition
+    'dirichlet'
+    """
+
+    name: str = "digits"  # "digits", "fashion_mnist", or "tfds:NAME"
+    dir: str | None = None  # where local files are; default $FEDKD_DATA_DIR
+    split: str = "train"  # in tfds notation; "train+test" pools both before they are dealt
+    download: bool = False  # whether a "tfds:" set may be downloaded
+    partition: Literal["iid", "dirichlet", "shards", "natural"] = "dirichlet"
+    clients: int = 20  # N; not used by "natural"
+    alpha: float = 0.3  # of "dirichlet"
+    shards_per_client: int = 2  # of "shards"
+    min_examples: int = 8  # of "dirichlet"
+    test_fraction: float = 0.25  # of each client's examples
+    seed: int = 0  # of partition and split; the same for every method and seed of a comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model; its input and output sizes come from the data.
+
+    >>> ModelConfig(kind="cnn", channels=(32, 64), hidden=(512,)).layers
+    3
+    """
+
+    kind: Literal["mlp", "cnn"] = "mlp"
+    hidden: tuple[int, ...] = (128,)  # widths of the hidden dense layers
+    channels: tuple[int, ...] = ()  # of the convolutions of a cnn
+    kernel: int = 5  # side of a cnn's kernels
+
+    @property
+    def layers(self) -> int:
+        """Hidden layers, what the layer map matches."""
+        return len(self.hidden) + len(self.channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optax optimiser.
+
+    >>> OptimizerConfig(name="sgd", learning_rate=0.1).momentum
+    0.0
+    """
+
+    name: Literal["sgd", "adam", "adamw"] = "adam"
+    learning_rate: float = 0.001
+    momentum: float = 0.0  # of sgd
+    weight_decay: float = 0.0  # of adamw
+    clip_norm: float | None = None  # clip gradients to this global norm first
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """A method and its own settings; what all methods share is in `Experiment`.
+
+    >>> MethodConfig(algorithm="fedavg", model="student").codec
+    'identity'
+    """
+
+    algorithm: Literal["fedkd", "fedavg", "local_only", "centralised"] = "fedkd"
+    model: Literal["teacher", "student"] = "teacher"  # what fedavg, local_only and centralised train
+    codec: Literal["identity", "svd"] = "identity"  # both ways
+    t_start: float = 0.95  # energy kept in the first round, of codec "svd"
+    t_end: float = 0.98  # and in the last
+    adaptive: bool = True  # divide by L_t + L_s
+    distill: bool = True
+    hidden: bool = True
+    project: bool = True  # learnable W_h
+    stop_weight_gradient: bool = False
+    message: Literal["update", "gradient"] = "update"
+    reset_optimizer: bool = True  # of what is shared, each round
+    weighting: Literal["examples", "uniform"] = "examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the numbers of a run or a comparison.
+
+    >>> Experiment().rounds
+    100
+    """
+
+    name: str = "experiment"
+    rounds: int = 100
+    cohort: int | None = None  # clients per round; all by default
+    eval_every: int = 10  # rounds
+    batch: int = 16
+    epochs: int = 1  # local epochs a round
+    steps: int | None = None  # or this many local steps
+    seeds: tuple[int, ...] = (0,)  # sims.run takes the first
+    data: DataConfig = DataConfig()
+    teacher: ModelConfig = ModelConfig(hidden=(256, 256))
+    student: ModelConfig = ModelConfig(hidden=(64,))
+    teacher_optimizer: OptimizerConfig = OptimizerConfig()
+    student_optimizer: OptimizerConfig = OptimizerConfig()
+    baseline: str | None = None  # the method whose traffic is 1.0x; default: the first that is FedAvg of the teacher
+    methods: dict[str, MethodConfig] = dataclasses.field(
+        default_factory=lambda: {"FedKD": MethodConfig(codec="svd")}
+    )  # sims.run takes the first unless told
+
+
+# ---- strict loading --------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | pathlib.Path) -> Experiment:
+    """An experiment from a YAML file, validated.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: an unknown key (the error lists the valid ones), a wrong type, an impossible value, or no YAML.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
+    ...     _ = f.write("rounds: 3\\ndata: {alhpa: 0.1}"); f.flush()
+    ...     try: load_config(f.name)
+    ...     except ConfigError as error: print(str(error).split(";")[0])
+    data.alhpa is 0.1
+    """
+    try:
+        raw = yaml.safe_load(pathlib.Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), " ".join(str(error).split()), "a YAML file") from None
+    config = from_dict(Experiment, {} if raw is None else raw)
+    validate(config)
+    return config
+
+
+def from_dict(kind: Any, value: Any, key: str = "") -> Any:
+    """A value of type `kind` from what YAML gives, strictly: no unknown keys, no silent casts but int to float.
+
+    Raises:
+        ConfigError: naming the key.
+
+    >>> from_dict(ModelConfig, {"hidden": [32, 32]}).hidden
+    (32, 32)
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        names = typing.get_type_hints(kind)
+        if not isinstance(value, dict):
+            raise ConfigError(key or "config", value, f"a mapping with keys among {', '.join(names)}")
+        prefix = f"{key}." if key else ""
+        for name in value:
+            if name not in names:
+                raise ConfigError(f"{prefix}{name}", value[name], f"no such key; the keys here are {', '.join(names)}")
+        return kind(**{name: from_dict(names[name], v, f"{prefix}{name}") for name, v in value.items()})
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return from_dict(next(a for a in args if a is not type(None)), value, key)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(key, value, ", ".join(map(repr, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(key, value, f"a list of {args[0].__name__}")
+        return tuple(from_dict(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(key, value, "a mapping from names to settings")
+        return {str(name): from_dict(args[1], {} if v is None else v, f"{key}.{name}") for name, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(key, value, f"a value of type {kind.__name__}")
+    return value
+
+
+def validate(config: Experiment) -> None:
+    """Refuses values that cannot be, before anything is loaded or compiled.
+
+    Raises:
+        ConfigError: the first one found.
+
+    >>> try: validate(Experiment(rounds=0))
+    ... except ConfigError as error: print(error)
+    rounds is 0; allowed: at least 1
+    """
+
+    def check(ok: bool, key: str, value: Any, allowed: str):
+        if not ok:
+            raise ConfigError(key, value, allowed)
+
+    for key in ("rounds", "eval_every", "batch", "epochs"):
+        check(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
+    check(config.steps is None or config.steps >= 1, "steps", config.steps, "at least 1, or null for epochs")
+    check(len(config.seeds) > 0, "seeds", config.seeds, "one seed or more")
+    check(len(set(config.seeds)) == len(config.seeds), "seeds", config.seeds, "different seeds")
+    check(min(config.seeds, default=0) >= 0, "seeds", config.seeds, "seeds from 0 up")
+    data = config.data
+    for key in ("clients", "shards_per_client"):
+        check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
+    check(0 < data.alpha < float("inf"), "data.alpha", data.alpha, "a number above 0")
+    check(data.min_examples >= 0, "data.min_examples", data.min_examples, "0 or more")
+    check(
+        0 < data.test_fraction < 1, "data.test_fraction", data.test_fraction, "a share between 0 and 1, both excluded"
+    )
+    if config.cohort is not None:
+        most = f"1 to data.clients, {data.clients}" if data.partition != "natural" else "at least 1"
+        fits = config.cohort <= data.clients or data.partition == "natural"
+        check(config.cohort >= 1 and fits, "cohort", config.cohort, most)
+    for name in ("teacher", "student"):
+        model = getattr(config, name)
+        widths = (*model.hidden, *model.channels)
+        check(not widths or min(widths) >= 1, name, widths, "widths of at least 1")
+        check(model.kind == "cnn" or not model.channels, f"{name}.channels", model.channels, "[] unless kind is 'cnn'")
+        check(
+            model.kind == "mlp" or len(model.channels) > 0, f"{name}.channels", model.channels, "one or more for a cnn"
+        )
+        check(model.kernel >= 1, f"{name}.kernel", model.kernel, "at least 1")
+        optimizer, key = getattr(config, f"{name}_optimizer"), f"{name}_optimizer"
+        check(optimizer.learning_rate > 0, f"{key}.learning_rate", optimizer.learning_rate, "a number above 0")
+        check(0 <= optimizer.momentum < 1, f"{key}.momentum", optimizer.momentum, "0 up to 1, 1 excluded")
+        check(optimizer.weight_decay >= 0, f"{key}.weight_decay", optimizer.weight_decay, "0 or more")
+        clip = optimizer.clip_norm
+        check(clip is None or clip > 0, f"{key}.clip_norm", clip, "a number above 0, or null")
+    deepest = config.teacher.layers
+    check(
+        config.student.layers <= deepest, "student", f"{config.student.layers} layers", f"at most teacher's, {deepest}"
+    )
+    check(len(config.methods) > 0, "methods", config.methods, "one method or more")
+    for name, method in config.methods.items():
+        key = f"methods.{name}"
+        for t in ("t_start", "t_end"):
+            check(0 < getattr(method, t) <= 1, f"{key}.{t}", getattr(method, t), "a share of energy in (0, 1]")
+        one_step = method.message == "update" or (config.steps == 1 and method.algorithm == "fedkd")
+        check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
+    known = config.baseline is None or config.baseline in config.methods
+    check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
+
+
+def to_yaml(config: Experiment) -> str:
+    """The resolved config, which `load_config` reads back to the same value.
+
+    >>> "rounds: 100" in to_yaml(Experiment())
+    True
+    """
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+# ---- from strings to functions ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Data dealt to clients, on the host.
+
+    >>> [field.name for field in dataclasses.fields(Clients)]
+    ['train', 'test', 'labels', 'parts', 'classes']
+    """
+
+    train: FederatedData
+    test: FederatedData
+    labels: np.ndarray  # [n] of all examples
+    parts: list[np.ndarray]  # who holds which examples, before the test split
+    classes: tuple[str, ...]
+
+
+def build_data(config: Experiment) -> Clients:
+    """Loads and deals the examples.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: data that is not there, a partition that cannot be.
+
+    >>> import tempfile
+    >>> clients = build_data(Experiment(data=DataConfig(clients=5)))
+    >>> clients.train.start.shape, int(clients.train.count.sum() + clients.test.count.sum())
+    ((5,), 1797)
+    """
+    c = config.data
+    examples, _ = fd.load(c.name, data_dir=c.dir, split=c.split, test_split=None, download=c.download)
+    if c.partition == "natural":
+        if examples.natural is None:
+            raise ConfigError("data.partition", c.partition, f"another one: {c.name} has no natural clients")
+        parts = fd.by_key(examples.natural)
+        if config.cohort is not None and config.cohort > len(parts):
+            raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {len(parts)}")
+    elif c.partition == "iid":
+        parts = fd.iid(examples.labels, c.clients, c.seed)
+    elif c.partition == "shards":
+        parts = fd.shards(examples.labels, c.clients, c.shards_per_client, c.seed)
+    else:
+        parts = fd.dirichlet(examples.labels, c.clients, c.alpha, c.seed, min_examples=c.min_examples)
+    train, test = fd.train_test_split(parts, c.test_fraction, c.seed, examples.labels)
+    return Clients(
+        train=fd.federate(examples.inputs, examples.labels, train),
+        test=fd.federate(examples.inputs, examples.labels, test),
+        labels=examples.labels,
+        parts=parts,
+        classes=examples.classes,
+    )
+
+
+def build_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:
+    """A model for inputs like `example [...]`, without a batch axis.
+
+    >>> import jax
+    >>> model = build_model(ModelConfig(hidden=(32,)), np.zeros((8, 8, 1)), 10)
+    >>> sum(leaf.size for leaf in jax.tree.leaves(model.init(jax.random.key(0))))
+    2410
+    """
+    if config.kind == "cnn":
+        return cnn(example.shape, config.channels, config.hidden, classes, config.kernel)
+    return mlp((example.size, *config.hidden, classes))
+
+
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """An optax optimiser.
+
+    >>> build_optimizer(OptimizerConfig(name="sgd", learning_rate=0.1)).init(0.0)
+    (EmptyState(), EmptyState())
+    """
+    if config.name == "sgd":
+        optimizer = optax.sgd(config.learning_rate, config.momentum or None)
+    elif config.name == "adam":
+        optimizer = optax.adam(config.learning_rate)
+    else:
+        optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    return (
+        optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    )
+
+
+def build_codec(method: MethodConfig, rounds: int) -> Codec:
+    """The codec of both directions.
+
+    >>> build_codec(MethodConfig(), 3) is not None
+    True
+    """
+    return (
+        svd_codec(energy_threshold(method.t_start, method.t_end, rounds)) if method.codec == "svd" else identity_codec()
+    )
+
+
+def build_algorithm(
+    config: Experiment, method: MethodConfig, clients: Clients, layout: Layout | None = None
+) -> Algorithm:
+    """A method as an `Algorithm` for these clients.
+
+    >>> config = Experiment(data=DataConfig(clients=3))
+    >>> sorted(build_algorithm(config, config.methods["FedKD"], build_data(config)).predict)
+    ['student', 'teacher']
+    """
+    example, classes = clients.train.inputs[:1], len(clients.classes)
+    models = {name: build_model(getattr(config, name), example[0], classes) for name in ("teacher", "student")}
+    optimizers = {name: build_optimizer(getattr(config, f"{name}_optimizer")) for name in ("teacher", "student")}
+    codec = build_codec(method, config.rounds)
+    weight_fn = {"examples": example_weight, "uniform": uniform_weight}[method.weighting]
+    local = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
+    if method.algorithm == "fedkd":
+        flags = {key: getattr(method, key) for key in ("adaptive", "distill", "hidden", "stop_weight_gradient")}
+        return fedkd(
+            models["teacher"],
+            models["student"],
+            example=example,
+            teacher_optimizer=optimizers["teacher"],
+            student_optimizer=optimizers["student"],
+            uplink=codec,
+            downlink=codec,
+            loss_fn=functools.partial(mutual_distillation, **flags),
+            project=method.project and method.hidden,
+            message=method.message,
+            reset_student_optimizer=method.reset_optimizer,
+            weight_fn=weight_fn,
+            **local,
+        )
+    model, optimizer = models[method.model], optimizers[method.model]
+    if method.algorithm == "fedavg":
+        shared = dict(uplink=codec, downlink=codec, weight_fn=weight_fn, reset_optimizer=method.reset_optimizer)
+        return fedavg(model, optimizer=optimizer, **shared, **local)
+    if method.algorithm == "local_only":
+        return local_only(model, optimizer=optimizer, **local)
+    return centralised(model, optimizer=optimizer, **local)

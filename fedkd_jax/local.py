@@ -1,0 +1,99 @@
+"""One client, one round: a compiled loop of local steps over its own examples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Int
+
+from fedkd_jax.types import Array, Batch, FederatedData, Key, PyTree
+
+StepFn = Callable[[Any, Batch, Key], tuple[Any, PyTree]]
+
+
+def permutation(key: Key, count: Int[Array, ""] | int, size: int) -> Int[Array, "size"]:
+    """A random permutation of 0..count-1 in the first `count` of `size` entries, `count` traced and `size` static.
+
+    >>> sorted(permutation(jax.random.key(0), 3, 5)[:3].tolist())
+    [0, 1, 2]
+    """
+    draws = jnp.where(jnp.arange(size) < count, jax.random.uniform(key, (size,)), 2.0)
+    return jnp.argsort(draws).astype(jnp.int32)
+
+
+def gather_batch(data: FederatedData, order: Int[Array, "n"], step: Int[Array, ""] | int, batch: int) -> Batch:
+    """Batch number `step` of one client's examples in the given order; rows past its count are masked.
+
+    >>> import numpy as np
+    >>> data = FederatedData(inputs=np.arange(10.0)[:, None], labels=np.arange(10), start=np.int32(4),
+    ...                      count=np.int32(3), max_count=4)
+    >>> b = gather_batch(data, jnp.arange(4), 1, batch=2)
+    >>> b.labels.tolist(), b.mask.tolist()
+    ([6, 4], [True, False])
+    """
+    positions = step * batch + jnp.arange(batch)
+    mask = positions < data.count
+    rows = data.start + jnp.where(mask, order.at[positions].get(mode="clip"), 0)
+    read = lambda x: jnp.asarray(x).at[rows].get(mode="clip")  # noqa: E731
+    return Batch(inputs=jax.tree.map(read, data.inputs), labels=read(data.labels), mask=mask)
+
+
+def local_steps(
+    step_fn: StepFn,
+    carry: Any,
+    data: FederatedData,
+    key: Key,
+    *,
+    batch: int,
+    epochs: int = 1,
+    steps: int | None = None,
+) -> tuple[Any, PyTree]:
+    """Runs `carry, terms = step_fn(carry, batch, key)` over one client's mini-batches.
+
+    Epochs are permutations without replacement; the last batch of an epoch is padded and masked. The number of steps
+    follows the client's own count, so no step is ever all padding, and a client without examples makes none.
+
+    Args:
+        step_fn: one step; `terms` is a PyTree of float scalars.
+        carry: what the steps change (parameters, optimiser states).
+        data: one client's, scalar `start` and `count`.
+        key: the client's key of this round.
+        batch: rows of a batch.
+        epochs: passes over the client's examples, where `steps` is None.
+        steps: this many steps instead, over as many epochs as they need.
+
+    Returns:
+        The last carry, and the mean of `terms` over the steps (zeros where there was none).
+
+    >>> import numpy as np
+    >>> data = FederatedData(inputs=np.ones((10, 1)), labels=np.arange(10), start=np.int32(4),
+    ...                      count=np.int32(3), max_count=4)
+    >>> total, terms = local_steps(lambda c, b, key: (c + (b.labels * b.mask).sum(), b.mask.mean()), 0, data,
+    ...                            jax.random.key(0), batch=2, epochs=2)
+    >>> int(total), float(terms)
+    (30, 0.75)
+    """
+    size = -(-data.max_count // batch) * batch
+    count = jnp.asarray(data.count, jnp.int32)
+    per_epoch = (count + batch - 1) // batch
+    total = epochs * per_epoch if steps is None else jnp.where(count > 0, steps, 0)
+    order_key, step_key = jax.random.split(key)
+
+    def epoch(e, state):
+        order = permutation(jax.random.fold_in(order_key, e), count, size)
+
+        def one(i, state):
+            carry, sums = state
+            current = gather_batch(data, order, i, batch)
+            carry, terms = step_fn(carry, current, jax.random.fold_in(step_key, e * per_epoch + i))
+            return carry, optax.tree.add(sums, terms)
+
+        return jax.lax.fori_loop(0, jnp.minimum(per_epoch, total - e * per_epoch), one, state)
+
+    first = jax.eval_shape(lambda: gather_batch(data, jnp.arange(size), 0, batch))
+    _, terms = jax.eval_shape(step_fn, carry, first, step_key)
+    epochs_needed = (total + per_epoch - 1) // jnp.maximum(per_epoch, 1)
+    carry, sums = jax.lax.fori_loop(0, epochs_needed, epoch, (carry, optax.tree.zeros_like(terms)))
+    return carry, optax.tree.scale(1.0 / jnp.maximum(total, 1), sums)

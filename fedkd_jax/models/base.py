@@ -1,0 +1,98 @@
+"""`Model(init, apply)`: Flax modules brought to pure functions, and parameters that are frozen."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+
+from fedkd_jax.types import Model, Outputs, Params
+
+
+def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """A `Model` from a function that builds a Flax module, crossing from nnx to plain dicts once.
+
+    `build(rngs)` returns a module whose `__call__(inputs)` gives `Outputs` or bare logits. Where it also takes `rngs`
+    (for dropout), that is `nnx.Rngs(key)` in training and None in evaluation. All variables must be `nnx.Param`: stacked
+    client states need pure functions, so no batch statistics, and dropout gets its `rngs` in the call, not in the constructor.
+
+    Raises:
+        TypeError: the module holds a variable that is not `nnx.Param`.
+        ValueError: `apply` gets parameters of another structure.
+
+    >>> import jax, jax.numpy as jnp
+    >>> model = from_nnx(lambda rngs: nnx.Linear(64, 10, rngs=rngs))
+    >>> params = model.init(jax.random.key(0))
+    >>> sorted(params), model.apply(params, jnp.ones((2, 64))).logits.shape
+    (['bias', 'kernel'], (2, 10))
+    """
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    for path, variable in nnx.to_flat_state(state):
+        if not isinstance(variable, nnx.Param):
+            name = "/".join(map(str, path))
+            raise TypeError(
+                f"build gives a module whose {name} is a {type(variable).__name__}; allowed: nnx.Param only"
+            )
+    structure = jax.tree.structure(state)
+    expected = jax.tree.structure(nnx.to_pure_dict(state))
+    takes_rngs = "rngs" in inspect.signature(type(abstract).__call__).parameters
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
+
+    def apply(params: Params, inputs: Any, *, key: jax.Array | None = None) -> Outputs:
+        leaves, given = jax.tree.flatten(params)
+        if given != expected:
+            raise ValueError(f"params have the structure {given}; allowed: {expected}")
+        module = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        rngs = {"rngs": None if key is None else nnx.Rngs(key)} if takes_rngs else {}
+        out = module(inputs, **rngs)
+        return out if isinstance(out, Outputs) else Outputs(out)
+
+    return Model(init, apply)
+
+
+def freeze(model: Model, frozen: Callable[[tuple[str, ...], Any], bool]) -> Model:
+    """The same model with some parameters never trained, never sent, and kept once for all clients.
+
+    Args:
+        model: any model; its `init` should give every client the same frozen values (pretrained ones, usually).
+        frozen: `(path, leaf) -> bool`, path a tuple of dict keys.
+
+    >>> import jax
+    >>> from fedkd_jax import mlp
+    >>> model = freeze(mlp((64, 32, 10)), lambda path, leaf: path[0] == "dense_0")
+    >>> trainable, kept = split_params(model, model.init(jax.random.key(0)))
+    >>> sorted(trainable), sorted(kept)
+    (['dense_1'], ['dense_0'])
+    """
+    return model._replace(frozen=frozen)
+
+
+def split_params(model: Model, params: Params) -> tuple[Params, Params]:
+    """`(trainable, frozen)`, two nested dicts that together are `params`.
+
+    >>> from fedkd_jax import mlp
+    >>> split_params(mlp((4, 2)), {"dense_0": 1})
+    ({'dense_0': 1}, {})
+    """
+    if model.frozen is None:
+        return params, {}
+    flat = traverse_util.flatten_dict(params)
+    kept = {path: leaf for path, leaf in flat.items() if model.frozen(path, leaf)}
+    trainable = {path: leaf for path, leaf in flat.items() if path not in kept}
+    return traverse_util.unflatten_dict(trainable), traverse_util.unflatten_dict(kept)
+
+
+def merge_params(trainable: Params, frozen: Params) -> Params:
+    """The inverse of `split_params`.
+
+    >>> merge_params({"head": {"w": 1}}, {"head": {"b": 2}, "embed": 3})
+    {'head': {'w': 1, 'b': 2}, 'embed': 3}
+    """
+    if not frozen:
+        return trainable
+    flat = {**traverse_util.flatten_dict(trainable), **traverse_util.flatten_dict(frozen)}
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,161 @@
+"""The only file that knows there are many clients: one function that runs a per-client function over a cohort.
+
+A `Layout` says how. Over the mesh's axis "clients" the cohort is split between devices; on each device `chunk` clients are
+trained at once under `vmap`, one chunk after the other in a scan that adds up what is to be averaged, so that memory is
+bounded by the chunk. `chunk=1` is no `vmap` at all: on a CPU that is fastest, and equal to a Python loop bit for bit.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedkd_jax.types import PyTree
+
+AXIS = "clients"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a cohort is laid out on the hardware; results do not depend on it, except for rounding.
+
+    Args:
+        mesh: a mesh with the one axis "clients" (`client_mesh`), or None for the default device.
+        chunk: clients trained at once on each device; None chooses 1 on a CPU and the whole cohort elsewhere.
+
+    Raises:
+        ValueError: `chunk` below 1, or a mesh with other axes.
+
+    >>> Layout(chunk=4).devices
+    1
+    """
+
+    mesh: Mesh | None = None
+    chunk: int | None = None
+
+    def __post_init__(self):
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; allowed: at least 1, or None for an automatic choice")
+        if self.mesh is not None and self.mesh.axis_names != (AXIS,):
+            raise ValueError(f"mesh has axes {self.mesh.axis_names}; allowed: {(AXIS,)}, see client_mesh")
+
+    @property
+    def devices(self) -> int:
+        """Number of devices the client axis is split over."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def groups(self, clients: int) -> tuple[int, int]:
+        """`(groups, chunk)` per device for a cohort, with the least padding that `chunk` allows.
+
+        >>> Layout(chunk=64).groups(100), Layout(chunk=1).groups(5)
+        ((2, 50), (5, 1))
+        """
+        per_device = -(-clients // self.devices)
+        chunk = self.chunk or (1 if jax.default_backend() == "cpu" else per_device)
+        groups = -(-per_device // chunk)
+        return groups, -(-per_device // groups)
+
+    def sharding(self, *spec: str | None) -> NamedSharding | None:
+        """The sharding of an array: `sharding("clients")` splits the first axis, `sharding()` replicates."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def client_mesh(devices: int | None = None) -> Mesh:
+    """A mesh with the axis "clients" over the first `devices` devices, all by default.
+
+    Raises:
+        ValueError: more devices than there are.
+
+    >>> client_mesh(1).axis_names
+    ('clients',)
+    """
+    available = jax.devices()
+    devices = len(available) if devices is None else devices
+    if not 1 <= devices <= len(available):
+        raise ValueError(f"devices is {devices}; allowed: 1 to {len(available)}, what JAX sees")
+    return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:devices])
+
+
+def map_clients(
+    fn: Callable[..., tuple[PyTree, PyTree]],
+    stacked: tuple[PyTree, ...],
+    shared: tuple[PyTree, ...] = (),
+    *,
+    layout: Layout | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Runs `out, summand = fn(*one_client, *shared)` for every client, and adds the summands up.
+
+    Args:
+        fn: sees one client, no client axis.
+        stacked: PyTrees whose leaves have a leading client axis `[K]`.
+        shared: PyTrees that all clients see whole.
+        layout: where and in which groups they run.
+
+    Returns:
+        `out` stacked `[K]` in the order given, and the sum of the summands.
+
+    >>> out, total = map_clients(lambda x, y: (x * y, {"sum": x}), (jnp.arange(5.0),), (2.0,), layout=Layout(chunk=2))
+    >>> out.tolist(), float(total["sum"])
+    ([0.0, 2.0, 4.0, 6.0, 8.0], 10.0)
+    """
+    layout = layout or Layout()
+    clients = jax.tree.leaves(stacked)[0].shape[0]
+    groups, chunk = layout.groups(clients)
+    size = groups * chunk * layout.devices
+    # padding repeats the last client: its result is cut off and its summand is not added
+    rows = jnp.minimum(jnp.arange(size), clients - 1)
+    padded = stacked if size == clients else jax.tree.map(lambda x: jnp.asarray(x)[rows], stacked)
+    valid = jnp.arange(size) < clients
+
+    run = functools.partial(_map_on_device, fn, groups, chunk)
+    if layout.mesh is not None:
+        on_device, split, whole = run, PartitionSpec(AXIS), PartitionSpec()
+
+        def all_devices(*args):
+            out, total = on_device(*args)
+            return out, jax.lax.psum(total, AXIS)
+
+        run = jax.shard_map(
+            all_devices,
+            mesh=layout.mesh,
+            in_specs=(split, split, whole),
+            out_specs=(split, whole),
+            check_vma=False,  # or every constant that fn starts a loop from would need a pcast
+        )
+    out, total = run(padded, valid, shared)
+    return (out if size == clients else jax.tree.map(lambda x: x[:clients], out)), total
+
+
+def _map_on_device(fn, groups: int, chunk: int, stacked, valid, shared):
+    def one(args, valid):
+        out, summand = fn(*args, *shared)
+        return out, jax.tree.map(lambda x: jnp.where(valid, x, jnp.zeros_like(x)), summand)
+
+    def group(total, xs):
+        if chunk == 1:
+            out, summand = one(*jax.tree.map(lambda x: x[0], xs))
+            return jax.tree.map(jnp.add, total, summand), jax.tree.map(lambda x: x[None], out)
+        out, summands = jax.vmap(one)(*xs)
+        return jax.tree.map(lambda t, s: t + s.sum(axis=0), total, summands), out
+
+    xs = jax.tree.map(lambda x: jnp.asarray(x).reshape(groups, chunk, *x.shape[1:]), (stacked, valid))
+    first = jax.tree.map(lambda x: x[0, 0], xs)
+    _, summand = jax.eval_shape(one, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summand)
+    total, out = jax.lax.scan(group, zeros, xs)
+    return jax.tree.map(lambda x: x.reshape(groups * chunk, *x.shape[2:]), out), total
+
+
+def place(tree: Any, layout: Layout, *spec: str | None) -> Any:
+    """Puts a PyTree on the layout's devices: `place(tree, layout, "clients")` splits the first axis, without a
+    spec every device gets the whole.
+
+    >>> place(jnp.arange(3), Layout()).tolist()
+    [0, 1, 2]
+    """
+    sharding = layout.sharding(*spec)
+    return jax.device_put(tree) if sharding is None else jax.device_put(tree, sharding)

@@ -1,0 +1,281 @@
+"""Every record of the library, and nothing else.
+
+A record is a frozen dataclass registered as a PyTree, so it goes through `jit`, `vmap`, `scan` and Orbax as it is; a tuple
+of functions is a `NamedTuple`. Comments give the shape for **one** client; where records of many clients are stacked, every
+array has a leading axis `[K]` (a cohort) or `[N]` (the population). Arrays are float32 unless said.
+
+State is what is carried from round to round; Info is what is reported about a round. They are different types.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Leaf = Any  # an array; within transformations also what stands in its place
+Params = Any  # nested dict of arrays
+PyTree = Any
+Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
+Schedule = Callable[[Any], Any]  # round -> value, as in optax
+Predict = Callable[["ServerState", "ClientState", Array], "Outputs"]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def record(cls=None, /, *, kw_only=True):
+    """A frozen dataclass that is a PyTree; fields marked `static_field()` belong to the tree's structure."""
+    if cls is None:
+        return lambda c: record(c, kw_only=kw_only)
+    cls = dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
+    return jax.tree_util.register_dataclass(cls)
+
+
+def static_field(**kwargs):
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@record(kw_only=False)
+class Outputs:
+    """What a model returns for a batch.
+
+    >>> import jax.numpy as jnp
+    >>> Outputs(jnp.zeros((8, 10))).hidden
+    ()
+    """
+
+    logits: Leaf  # [B, ..., C]
+    hidden: tuple[Leaf, ...] = ()  # one entry per layer, lowest first, each [B, ..., d]
+    attention: tuple[Leaf, ...] = ()  # one entry per layer, lowest first, each [B, heads, L, L]
+
+
+class Model(NamedTuple):
+    """A model as two pure functions over a plain nested dict of parameters.
+
+    `frozen(path, leaf)` says which parameters are never trained: they are kept once for the whole population, in
+    `ServerState.frozen`, and never sent. `path` is the tuple of dict keys.
+
+    >>> import jax, jax.numpy as jnp
+    >>> linear = Model(init=lambda key: {"w": jax.random.normal(key, (64, 10))},
+    ...                apply=lambda params, x, *, key=None: Outputs(x @ params["w"]))
+    >>> linear.apply(linear.init(jax.random.key(0)), jnp.ones((3, 64))).logits.shape
+    (3, 10)
+    """
+
+    init: Callable[[Key], Params]
+    apply: Callable[..., Outputs]  # apply(params, inputs, *, key=None)
+    frozen: Callable[[tuple[str, ...], Any], bool] | None = None
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+@record
+class LossTerms:
+    """The paper's losses of one client, eqs. 1-7, already divided by the adaptive denominator; scalars `[]`.
+
+    >>> [field.name for field in dataclasses.fields(LossTerms)][:3]
+    ['teacher_task', 'student_task', 'teacher_distill']
+    """
+
+    teacher_task: Leaf  # L_t
+    student_task: Leaf  # L_s
+    teacher_distill: Leaf  # D_t = KL(p_s || p_t) / (L_t + L_s)
+    student_distill: Leaf  # D_s = KL(p_t || p_s) / (L_t + L_s)
+    hidden: Leaf  # Hid
+    teacher_total: Leaf  # D_t + Hid + L_t
+    student_total: Leaf  # D_s + Hid + L_s
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+@record(kw_only=False)
+class LowRank:
+    """A truncated SVD with a static number r of columns, of which the first `rank` are in use and the rest are zero.
+
+    >>> import jax.numpy as jnp
+    >>> LowRank(jnp.zeros((5, 3)), jnp.zeros(3), jnp.zeros((3, 4)), jnp.int32(0)).u.shape
+    (5, 3)
+    """
+
+    u: Leaf  # [m, r], orthonormal columns
+    s: Leaf  # [r], not increasing
+    vt: Leaf  # [r, n], orthonormal rows
+    rank: Leaf  # [] int32
+
+
+@record
+class Payload:
+    """A message as it travels, and what it costs, counted where it was encoded.
+
+    >>> import jax.numpy as jnp
+    >>> Payload(content={"w": jnp.zeros(7)}, floats=jnp.int32(7), nbytes=jnp.int32(28), ranks={}).ranks
+    {}
+    """
+
+    content: PyTree  # what `decode` needs
+    floats: Leaf  # [] int32, numbers in the paper's count
+    nbytes: Leaf  # [] int32, bytes of a real message
+    ranks: dict[str, Leaf]  # {leaf path: [] int32}, min(m, n) where a matrix went raw; empty without an SVD
+
+
+class Codec(NamedTuple):
+    """Compression of an update: `encode(update, round, key) -> Payload` and `decode(payload) -> update`.
+
+    >>> from fedkd_jax import identity_codec
+    >>> Codec(*identity_codec()) == identity_codec()
+    False
+    """
+
+    encode: Callable[[PyTree, Leaf, Key], Payload]
+    decode: Callable[[Payload], PyTree]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@record
+class FederatedData:
+    """Ragged clients: all examples in flat arrays, client i owning `inputs[start[i] : start[i] + count[i]]`.
+
+    The flat arrays are shared, only `start` and `count` have a client axis; a cohort is `take_clients(data, ids)`.
+
+    >>> import numpy as np
+    >>> data = FederatedData(inputs=np.zeros((5, 2)), labels=np.zeros(5, int), start=np.array([0, 3]),
+    ...                      count=np.array([3, 2]), max_count=3)
+    >>> data.count.shape
+    (2,)
+    """
+
+    inputs: PyTree  # arrays [n, ...]
+    labels: Leaf  # [n, ...] int
+    start: Leaf  # [] int32 of one client, [K] of a cohort
+    count: Leaf  # [] int32 of one client, [K] of a cohort
+    max_count: int = static_field()  # the largest count in the population
+
+
+@record
+class Batch:
+    """A mini-batch; where `mask` is False the row is padding and must contribute exactly zero.
+
+    >>> import numpy as np
+    >>> Batch(inputs=np.zeros((4, 2)), labels=np.zeros(4, int), mask=np.array([True, True, True, False])).mask.sum()
+    np.int64(3)
+    """
+
+    inputs: PyTree  # [B, ...]
+    labels: Leaf  # [B, ...] int
+    mask: Leaf  # [B] bool
+
+
+# ---- what is carried -------------------------------------------------------------------------------------------------
+
+
+@record
+class ServerState:
+    """What the server knows; all clients hold the same copy of `params` at the start of a round.
+
+    >>> import jax.numpy as jnp
+    >>> int(ServerState(params={}, opt_state=(), frozen={}, round=jnp.int32(3)).round)
+    3
+    """
+
+    params: Params  # the shared model: FedKD's student
+    opt_state: PyTree  # of the server's optimiser
+    frozen: Mapping[str, Params]  # {model name: parameters that never change}, one copy for everybody
+    round: Leaf  # [] int32, rounds done
+
+
+@record
+class ClientState:
+    """What a client keeps between rounds and never sends. An algorithm that does not need a field leaves it `()`.
+
+    >>> ClientState().teacher
+    ()
+    """
+
+    teacher: Params = ()
+    projection: tuple[Leaf, ...] = ()  # W_h, one [d_student, d_teacher] per matched layer
+    teacher_opt: PyTree = ()
+    projection_opt: PyTree = ()
+    student_opt: PyTree = ()  # only where it persists from round to round
+
+
+@record
+class LocalResult:
+    """What one client's local training gives: its new private state, its message, the mean losses over its steps.
+
+    >>> LocalResult(client=ClientState(), message={}, terms=None).message
+    {}
+    """
+
+    client: Any  # ClientState
+    message: PyTree  # the update new - old of the shared parameters, or their gradient
+    terms: Any  # LossTerms
+
+
+# ---- what is reported ------------------------------------------------------------------------------------------------
+
+
+@record
+class RoundInfo:
+    """What happened in a round, for each client of the cohort.
+
+    >>> [field.name for field in dataclasses.fields(RoundInfo)][:2]
+    ['ids', 'terms']
+    """
+
+    ids: Leaf  # [K] int32
+    terms: Any  # LossTerms [K], means over local steps
+    uplink_bytes: Leaf  # [K] int32
+    downlink_bytes: Leaf  # [K] int32
+    uplink_floats: Leaf  # [K] int32, the paper's count
+    downlink_floats: Leaf  # [K] int32, the paper's count
+    finite: Leaf  # [K] bool; False: weight zero, state not written back
+    weight: Leaf  # [K], before normalisation
+    ranks: dict[str, Leaf]  # uplink, {leaf path: [K] int32}
+
+
+class Algorithm(NamedTuple):
+    """A federated method as three pure functions over a cohort, and what it can predict with.
+
+    >>> from fedkd_jax import fedavg, mlp
+    >>> import optax
+    >>> sorted(fedavg(mlp((64, 32, 10)), optimizer=optax.sgd(0.1), batch=10).predict)
+    ['model']
+    """
+
+    init_server: Callable[[Key], ServerState]
+    init_clients: Callable[[Key, Leaf], ClientState]  # init_clients(key, ids [K]) -> ClientState [K]
+    round: Callable[..., tuple[ServerState, ClientState, RoundInfo]]  # round(server, clients, data, ids, key)
+    predict: Mapping[str, Predict] = {}  # {"teacher": f, ...}, f(server, client, inputs) -> Outputs, one client
+    layout: Any = None  # the `Layout` its round was built with, so that simulate and evaluate use the same
+
+
+@record
+class State:
+    """Everything a run carries: the server and the population's client states `[N]`.
+
+    >>> State(server=None, clients=ClientState()).clients.teacher
+    ()
+    """
+
+    server: Any  # ServerState
+    clients: Any  # ClientState [N]
+
+
+@record
+class History:
+    """What a run reports: one row per round, one entry per evaluation.
+
+    >>> History(rounds=None, evaluations=()).evaluations
+    ()
+    """
+
+    rounds: Any  # RoundInfo [R, K], NumPy
+    evaluations: tuple[dict, ...]  # each {"round": r, model name: {metric: [N]}}
