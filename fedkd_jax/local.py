@@ -35,7 +35,7 @@ def gather_batch(data: FederatedData, order: Int[Array, "n"], step: Int[Array, "
     """
     positions = step * batch + jnp.arange(batch)
     mask = positions < data.count
-    rows = data.start + jnp.where(mask, order.at[positions].get(mode="clip"), 0)
+    rows = data.start + jnp.where(mask, jnp.asarray(order).at[positions].get(mode="clip"), 0)
     read = lambda x: jnp.asarray(x).at[rows].get(mode="clip")  # noqa: E731
     return Batch(inputs=jax.tree.map(read, data.inputs), labels=read(data.labels), mask=mask)
 

@@ -30,7 +30,7 @@ def simulate(
     eval_every: int | None = None,
     metrics: Mapping[str, Callable] = METRICS,
     on_rounds: Callable[[int, RoundInfo], None] | None = None,
-    on_evaluation: Callable[[dict], None] | None = None,
+    on_evaluation: Callable[[History], None] | None = None,
 ) -> tuple[State, History]:
     """Runs `rounds` rounds, each on a fresh uniform cohort.
 
@@ -49,7 +49,7 @@ def simulate(
         eval_every: rounds between evaluations, counted from the run's first round; there is always one after the last.
         metrics: as in `evaluate`.
         on_rounds: called as `(rounds done in all, RoundInfo [r, K] of the newest)`, for progress.
-        on_evaluation: called with each evaluation as it comes.
+        on_evaluation: called after each evaluation with the history so far.
 
     Returns:
         The state, and the history: `rounds` a RoundInfo `[R, K]` in NumPy, `evaluations` a tuple of dicts.
@@ -116,8 +116,12 @@ def simulate(
         if test is not None and (done == last or (eval_every and done % eval_every == 0)):
             evaluations.append({"round": done, **evaluate(algorithm, state, test, metrics=metrics)})
             if on_evaluation is not None:
-                on_evaluation(evaluations[-1])
-    return state, History(rounds=jax.tree.map(lambda *x: np.concatenate(x), *infos), evaluations=tuple(evaluations))
+                on_evaluation(_history(infos, evaluations))
+    return state, _history(infos, evaluations)
+
+
+def _history(infos: list[RoundInfo], evaluations: list[dict]) -> History:
+    return History(rounds=jax.tree.map(lambda *x: np.concatenate(x), *infos), evaluations=tuple(evaluations))
 
 
 @functools.partial(jax.jit, static_argnames=("round_fn", "cohort", "length", "layout"), donate_argnames=("state",))

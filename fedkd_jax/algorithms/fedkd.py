@@ -152,12 +152,13 @@ def fedkd(
     if message == "gradient":
         server_optimizer = server_optimizer or student_optimizer
     server_optimizer = server_optimizer or optax.sgd(1.0)
-    if project:
-        if example is None:
-            raise ValueError(
-                "example is None; allowed: an input batch [1, ...], which the projection's shapes come from"
-            )
-        init_projection(teacher, student, example, jax.random.key(0))  # a student too deep is told here
+    if project and example is None:
+        raise ValueError("example is None; allowed: an input batch [1, ...], which the projection's shapes come from")
+
+    def projection_of(key: Key) -> tuple[Array, ...]:
+        return () if example is None or not project else init_projection(teacher, student, example, key)
+
+    jax.eval_shape(projection_of, jax.random.key(0))  # a student too deep is told here, not when the round is traced
 
     def init_server(key: Key) -> ServerState:
         teacher_key, student_key = jax.random.split(key)
@@ -173,7 +174,7 @@ def fedkd(
     def init_client(key: Key) -> ClientState:
         teacher_key, projection_key, student_key = jax.random.split(key, 3)
         own, _ = split_params(teacher, teacher.init(teacher_key))
-        projection = init_projection(teacher, student, example, projection_key) if project else ()
+        projection = projection_of(projection_key)
         student_params, _ = split_params(student, student.init(student_key))
         return ClientState(
             teacher=own,

@@ -35,9 +35,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         import sklearn.datasets  # 0.6 s, needed once in the life of a cache
 
-        digits = sklearn.datasets.load_digits()
-        images = digits.images.astype(np.uint8)[..., None]
-        for i, (image, label) in enumerate(zip(images, digits.target, strict=True)):
+        pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+        images = pixels.astype(np.uint8).reshape(-1, 8, 8, 1)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield i, {"image": image, "label": int(label)}
 
 

@@ -181,16 +181,17 @@ def partition_plot(
     (_draw_bars if bars else _draw_shares)(ax, counts, class_names)
     ax.set_title(f"Who holds what: {counts.sum():,} examples, {n_classes} classes, {n_clients:,} clients")
     figure = ax.get_figure(root=True)
+    assert figure is not None
     if isinstance(path_or_ax, str | pathlib.Path):
         figure.savefig(path_or_ax, dpi=150)
     return figure
 
 
 def _draw_bars(ax, counts, class_names):
-    colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"].colors
+    colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
     left = np.zeros(len(counts), int)
     for c, name in enumerate(class_names):
-        ax.barh(np.arange(len(counts)), counts[:, c], left=left, height=0.85, color=colors[c], label=name)
+        ax.barh(np.arange(len(counts)), counts[:, c], left=left, height=0.85, color=colors(c), label=name)
         left += counts[:, c]
     ax.set(xlabel="examples", ylabel="client", ylim=(len(counts) - 0.5, -0.5))
     ax.set_yticks(np.arange(0, len(counts), 1 if len(counts) <= 30 else 5))

@@ -59,7 +59,7 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (size, size, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(self, images: Array) -> jax.Array:
+    def __call__(self, images: Array) -> Array:
         return conv2d(images, self.kernel[...]) + self.bias[...][None, None, None, :]
 
 

@@ -1,0 +1,208 @@
+"""What people look at: one record per evaluation, the comparison table, plots. Nothing here runs a model."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedkd_jax.metrics import client_mean, example_mean
+from fedkd_jax.types import History
+
+Record = dict[str, Any]
+STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX*"
+
+
+def records(history: History, counts: np.ndarray, clients: int) -> list[Record]:
+    """One flat record per evaluation: round, traffic so far, and each model's metrics over all test examples
+    (`model/metric`) and averaged over clients (`model/metric_per_client`).
+
+    `bytes_per_client` adds up both directions over all rounds so far and divides by the population, as the paper does.
+
+    >>> import jax
+    >>> from fedkd_jax import RoundInfo, task_terms
+    >>> z = np.full((2, 1), 4)
+    >>> info = RoundInfo(ids=z, terms=jax.tree.map(lambda _: z * 1.0, task_terms()), uplink_bytes=z, downlink_bytes=z,
+    ...                  uplink_floats=z, downlink_floats=z, finite=z > 0, weight=z, ranks={})
+    >>> history = History(rounds=info, evaluations=({"round": 2, "model": {"accuracy": np.array([0.5])}},))
+    >>> records(history, np.array([3]), 1)[0]["bytes_per_client"], records(history, np.array([3]), 1)[0]["model/accuracy"]
+    (16.0, 0.5)
+    """
+    rounds = history.rounds
+    traffic = {name: np.cumsum(np.asarray(getattr(rounds, name), np.int64).sum(axis=1)) / clients for name in _TRAFFIC}
+    done = history.evaluations[-1]["round"] - len(rounds.ids) if history.evaluations else 0
+    out = []
+    for evaluation in history.evaluations:
+        row = evaluation["round"] - done - 1
+        record: Record = {
+            "round": evaluation["round"],
+            "bytes_per_client": float(traffic["uplink_bytes"][row] + traffic["downlink_bytes"][row]),
+            "floats_per_client": float(traffic["uplink_floats"][row] + traffic["downlink_floats"][row]),
+            "not_finite": int((~np.asarray(rounds.finite[: row + 1])).sum()),
+        }
+        for name in ("teacher_task", "student_task", "teacher_distill", "student_distill", "hidden"):
+            record[f"train/{name}"] = float(np.mean(getattr(rounds.terms, name)[row]))
+        for model, metrics in evaluation.items():
+            if model != "round":
+                for metric, values in metrics.items():
+                    record[f"{model}/{metric}"] = example_mean(values, counts)
+                    record[f"{model}/{metric}_per_client"] = client_mean(values, counts)
+        out.append(record)
+    return out
+
+
+_TRAFFIC = ("uplink_bytes", "downlink_bytes", "uplink_floats", "downlink_floats")
+
+
+def table_rows(
+    runs: Mapping[str, Sequence[Sequence[Record]]], baseline: str | None, metric: str = "accuracy"
+) -> list[dict[str, str]]:
+    """The comparison as the paper's Table 1: a row per method and model.
+
+    Args:
+        runs: `{method: one list of records per seed}`; the last record of each counts.
+        baseline: the method whose traffic is 1.0x; None leaves the column out.
+        metric: which metric.
+
+    Returns:
+        Rows of strings: method, model, metric over examples and per client in percent, mean and standard deviation over
+        seeds, traffic per client in bytes and in the paper's float count, and how many times less than the baseline.
+
+    >>> def run(accuracy, sent):
+    ...     return [[{"model/accuracy": accuracy, "model/accuracy_per_client": accuracy, "bytes_per_client": sent,
+    ...               "floats_per_client": sent / 4}]]
+    >>> rows = table_rows({"FedAvg": run(0.9, 4e6), "ours": run(0.91, 2e5)}, "FedAvg")
+    >>> rows[1]["accuracy %"], rows[1]["less"]
+    ('91.00', '20.0x')
+    """
+    costs = {m: float(np.mean([r[-1]["bytes_per_client"] for r in seeds])) for m, seeds in runs.items()}
+    rows = []
+    for method, seeds in runs.items():
+        last = [run[-1] for run in seeds]
+        for key in last[0]:
+            model, _, name = key.partition("/")
+            if name != metric or model == "train":
+                continue
+            row = {"method": method, "model": model, f"{metric} %": _mean_std([100 * r[key] for r in last])}
+            row["per client %"] = _mean_std([100 * r[f"{key}_per_client"] for r in last])
+            sent = costs[method] > 0
+            row["bytes/client"] = human_bytes(costs[method]) if sent else "-"
+            row["floats/client"] = f"{np.mean([r['floats_per_client'] for r in last]):,.0f}" if sent else "-"
+            if baseline is not None:
+                row["less"] = f"{costs[baseline] / costs[method]:.1f}x" if sent and costs[baseline] else "-"
+            rows.append(row)
+    return rows
+
+
+def _mean_std(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as the paper counts.
+
+    >>> human_bytes(2.05e9), human_bytes(512)
+    ('2.05 GB', '512 B')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a Markdown table.
+
+    >>> print(markdown([{"a": "1", "b": "2"}]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text[1] = "|" + "---|" * len(rows[0])
+    return "\n".join(text)
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, the columns those of all rows.
+
+    >>> as_csv([{"a": 1}, {"a": 2}]).split()
+    ['a', '1', '2']
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def accuracy_plot(
+    runs: Mapping[str, Sequence[Sequence[Record]]],
+    path: str | os.PathLike | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "",
+) -> Figure:
+    """The metric against rounds and against megabytes sent per client: mean over seeds, a band of one standard deviation.
+
+    Methods that send nothing are horizontal lines in the right panel.
+
+    Args:
+        runs: as in `table_rows`.
+        path: where to save it, if anywhere.
+        metric: which metric.
+        title: of the figure.
+
+    >>> run = [[{"round": r, "model/accuracy": 0.1 * r, "bytes_per_client": 1e6 * r} for r in (1, 2)]]
+    >>> [axis.get_xlabel() for axis in accuracy_plot({"FedAvg": run}).axes]
+    ['round', 'megabytes sent and received per client']
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    silent, index = [], 0
+    for method, seeds in runs.items():
+        models = [key.partition("/")[0] for key in seeds[0][0] if key.partition("/")[2] == metric]
+        for model in models:
+            label = method if len(models) == 1 else f"{method}, {model}"
+            color = f"C{index % 10}"
+            values = 100 * np.array([[record[f"{model}/{metric}"] for record in run] for run in seeds])
+            mean, std = values.mean(axis=0), values.std(axis=0, ddof=1) if len(seeds) > 1 else None
+            rounds = [record["round"] for record in seeds[0]]
+            megabytes = np.mean([[record["bytes_per_client"] / 1e6 for record in run] for run in seeds], axis=0)
+            kwargs = dict(
+                color=color,
+                linestyle=STYLES[index % 4],
+                marker=MARKERS[index % 8],
+                markersize=4,
+                markevery=max(1, len(rounds) // 8),
+            )
+            left.plot(rounds, mean, label=label, **kwargs)
+            if megabytes[-1] > 0:
+                right.plot(megabytes, mean, **kwargs)
+            else:
+                right.axhline(mean[-1], color=color, linestyle=STYLES[index % 4], linewidth=1)
+                silent.append(label)
+            if std is not None:
+                left.fill_between(rounds, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+            index += 1
+    left.set(xlabel="round", ylabel=f"test {metric} [%]")
+    right.set(xlabel="megabytes sent and received per client")
+    if len(right.lines) > len(silent):
+        right.set_xscale("log")
+    if silent:
+        right.set_title(f"horizontal: {', '.join(silent)} (nothing sent)", fontsize=8)
+    left.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

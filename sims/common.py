@@ -1,0 +1,252 @@
+"""What `sims.run` and `sims.compare` share: the command line, progress, run folders, running one method."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedkd_jax import Layout, client_mesh, report, simulate
+from fedkd_jax.config import Clients, Experiment, build_algorithm, load_config, to_yaml, validate
+from fedkd_jax.types import Algorithm, History, State
+from sims import hardware
+
+console = Console()
+if not console.is_terminal:
+    console = Console(width=140)  # in a pipe or a log file rich assumes 80 columns and cuts tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where and how to run; none of it changes the numbers.
+
+    >>> Options().chunk
+    'auto'
+    """
+
+    method: str | None = None  # sims.run: which of the config's methods; default the first
+    out: str | None = None  # folder for the results; default runs/NAME-N
+    devices: int | None = None  # devices the clients are split over; default all (on a CPU one per core)
+    chunk: str = "auto"  # clients trained at once on a device: a number, "auto" by platform, or "measure" to time some
+
+
+def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Options]:
+    """`CONFIG [--overrides]`: the config file, then any of its keys and of `Options` as flags.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
+    ...     _ = f.write("rounds: 3"); f.flush()
+    ...     parse("run", [f.name, "--data.clients", "5", "--chunk", "4"])[0].data.clients
+    5
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if path is None and not {"-h", "--help"} & set(argv):
+        raise ValueError(f"no config given; usage: python -m sims.{program} CONFIG [--overrides]")
+    default = Experiment() if path is None else load_config(path)
+
+    def options(
+        experiment: Annotated[Experiment, tyro.conf.arg(name="")] = default,
+        options: Annotated[Options, tyro.conf.arg(name="")] = Options(),
+    ):
+        return experiment, options
+
+    experiment, chosen = tyro.cli(
+        options, args=argv, prog=f"python -m sims.{program} CONFIG", config=(tyro.conf.FlagConversionOff,)
+    )
+    validate(experiment)
+    if chosen.method is not None and chosen.method not in experiment.methods:
+        raise ValueError(f"method is {chosen.method!r}; allowed: {', '.join(experiment.methods)}")
+    if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdigit() and int(chosen.chunk) > 0):
+        raise ValueError(f"chunk is {chosen.chunk!r}; allowed: a number from 1 up, 'auto' or 'measure'")
+    return experiment, chosen
+
+
+def run_folder(options: Options, name: str) -> pathlib.Path:
+    """A new empty folder; nothing that is there is overwritten.
+
+    Raises:
+        FileExistsError: `--out` names a folder that is not empty.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     run_folder(Options(out=where + "/a"), "x").name
+    'a'
+    """
+    if options.out is not None:
+        folder = pathlib.Path(options.out)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"out is {options.out!r}; allowed: a new or empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        try:
+            (folder := pathlib.Path("runs") / f"{name}-{number}").mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def choose_layout(config: Experiment, options: Options, clients: Clients) -> Layout:
+    """The layout asked for, or the one that suits the hardware.
+
+    >>> from fedkd_jax.config import DataConfig, build_data
+    >>> config = Experiment(data=DataConfig(clients=3))
+    >>> choose_layout(config, Options(devices=1, chunk="2"), build_data(config)).chunk
+    2
+    """
+    cohort = config.cohort or len(clients.parts)
+    devices = hardware.choose_devices(options.devices, cohort)
+    mesh = client_mesh(devices) if devices > 1 else None
+    if options.chunk != "measure":
+        return Layout(mesh=mesh, chunk=None if options.chunk == "auto" else int(options.chunk))
+    per_device = -(-cohort // devices)
+    sizes = sorted({1, min(8, per_device), per_device})
+    method = config.methods[options.method or next(iter(config.methods))]
+    times = {}
+    for chunk in sizes:
+        algorithm = build_algorithm(config, method, clients, layout := Layout(mesh=mesh, chunk=chunk))
+        times[layout] = min(seconds_per_round(algorithm, clients, config.cohort))
+    for layout, seconds in times.items():
+        console.print(f"  chunk {layout.chunk}: {1e3 * seconds:.1f} ms a round")
+    return min(times, key=lambda layout: times[layout])
+
+
+def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: int = 3) -> list[float]:
+    """Wall time of compiled rounds, the compilation left out.
+
+    >>> import inspect; "repeats" in inspect.signature(seconds_per_round).parameters
+    True
+    """
+    state, _ = simulate(algorithm, len(clients.parts), clients.train, jax.random.key(0), rounds=2, cohort=cohort)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        state, _ = simulate(algorithm, state, clients.train, jax.random.key(0), rounds=2, cohort=cohort)
+        times.append((time.perf_counter() - start) / 2)
+    return times
+
+
+class _Speed(ProgressColumn):
+    def render(self, task) -> Text:
+        return Text("compiling" if task.speed is None else f"{task.speed:.1f} rounds/s", style="cyan")
+
+
+def progress_bar() -> Progress:
+    """A bar with rounds, rounds per second and time left.
+
+    >>> len(progress_bar().columns)
+    5
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def run_method(
+    config: Experiment,
+    algorithm: Algorithm,
+    clients: Clients,
+    seed: int,
+    label: str,
+    progress: Progress,
+    on_record: Callable[[dict], None] | None = None,
+) -> tuple[State, History, list[dict]]:
+    """Runs one method with one seed under a progress bar; returns the state, the history and its records.
+
+    `on_record` gets each evaluation's record as it comes.
+
+    >>> from fedkd_jax.config import DataConfig, build_data
+    >>> config = Experiment(rounds=1, data=DataConfig(clients=2))
+    >>> clients = build_data(config)
+    >>> with progress_bar() as bar:
+    ...     _, _, rows = run_method(config, build_algorithm(config, config.methods["FedKD"], clients), clients, 0, "", bar)
+    >>> rows[-1]["round"]
+    1
+    """
+    task = progress.add_task(label, total=config.rounds)
+    counts, size = clients.test.count, len(clients.parts)
+    state, history = simulate(
+        algorithm,
+        size,
+        clients.train,
+        jax.random.key(seed),
+        rounds=config.rounds,
+        cohort=config.cohort,
+        test=clients.test,
+        eval_every=config.eval_every,
+        on_rounds=lambda done, _: progress.update(task, completed=done),
+        on_evaluation=None
+        if on_record is None
+        else lambda history: on_record(report.records(history, counts, size)[-1]),
+    )
+    return state, history, report.records(history, counts, size)
+
+
+def show_table(rows: list[dict[str, str]], title: str) -> None:
+    """Prints rows as a table.
+
+    >>> show_table([{"a": "1"}], "t") is None  # doctest: +ELLIPSIS
+    <BLANKLINE>
+    ...
+    True
+    """
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("method", "model") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print()
+    console.print(table)
+
+
+def write_config(folder: pathlib.Path, config: Experiment) -> None:
+    """The resolved config, to run the same again.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     write_config(pathlib.Path(where), Experiment()); load_config(where + "/config.yaml") == Experiment()
+    True
+    """
+    (folder / "config.yaml").write_text(to_yaml(config))
+
+
+def append_jsonl(path: pathlib.Path, record: dict) -> None:
+    """One line of JSON at the end of a file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     append_jsonl(pathlib.Path(where) / "m.jsonl", {"round": 1}); (pathlib.Path(where) / "m.jsonl").read_text()
+    '{"round": 1}\\n'
+    """
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Within it, an error in the user's input ends the program with one line on standard error instead of a traceback.
+
+    >>> with one_line_errors(): pass
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        console.file.flush()
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -1,0 +1,83 @@
+"""Several methods over several seeds: `python -m sims.compare CONFIG [--overrides]`, one table like the paper's Table 1.
+
+Every method sees the same clients, the same splits and the same seeds. Writes into a new folder runs/NAME-N: config.yaml
+(resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, accuracy.png, clients.png.
+"""
+
+if __name__ == "__main__":
+    from sims import hardware
+
+    hardware.prepare_environment()
+
+import pathlib
+import time
+
+from fedkd_jax import report
+from fedkd_jax.config import Experiment, build_algorithm, build_data
+from fedkd_jax.data import partition_plot
+from sims import common, hardware
+
+
+def baseline_of(config: Experiment) -> str | None:
+    """The method whose traffic is 1.0x: the config's, or the first that is FedAvg of the teacher without compression.
+
+    >>> baseline_of(Experiment()) is None
+    True
+    """
+    full = (
+        n for n, m in config.methods.items() if (m.algorithm, m.model, m.codec) == ("fedavg", "teacher", "identity")
+    )
+    return config.baseline or next(full, None)
+
+
+def main(argv: list[str] | None = None) -> pathlib.Path:
+    """Runs all methods of the config with all seeds; returns the folder.
+
+    >>> import inspect; list(inspect.signature(main).parameters)
+    ['argv']
+    """
+    start = time.perf_counter()
+    with common.one_line_errors():
+        config, options = common.parse("compare", argv)
+        clients = build_data(config)
+        layout = common.choose_layout(config, options, clients)
+        algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
+        folder = common.run_folder(options, config.name)
+    common.write_config(folder, config)
+    common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
+    common.console.print(
+        f"{len(algorithms)} methods x {len(config.seeds)} seeds, {len(clients.parts)} clients, {config.rounds} rounds"
+        f" -> {folder}"
+    )
+    partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
+
+    runs = {}
+    with common.progress_bar() as progress:
+        for name, algorithm in algorithms.items():
+            runs[name] = []
+            for seed in config.seeds:
+                *_, records = common.run_method(
+                    config,
+                    algorithm,
+                    clients,
+                    seed,
+                    f"{name}, seed {seed}",
+                    progress,
+                    lambda record, name=name, seed=seed: common.append_jsonl(
+                        folder / "results.jsonl", {"method": name, "seed": seed, **record}
+                    ),
+                )
+                runs[name].append(records)
+
+    rows = report.table_rows(runs, baseline_of(config))
+    title = f"{config.name}: test accuracy after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
+    common.show_table(rows, title)
+    (folder / "table.md").write_text(report.markdown(rows) + "\n")
+    (folder / "table.csv").write_text(report.as_csv(rows))
+    report.accuracy_plot(runs, folder / "accuracy.png", title=config.name)
+    common.console.print(f"{time.perf_counter() - start:.0f} s; table, figure, results and config: {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the hardware wants set before JAX starts; the programs call it, the library never does.
+
+On a CPU: one host device per core (clients are split over them), one OpenBLAS thread (several devices call LAPACK at once),
+and an allocator that keeps large freed buffers (a fresh one costs page faults, several times the arithmetic on it). What the
+user has set in the environment stays.
+"""
+
+import contextlib
+import os
+import sys
+
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**35),
+}
+
+
+def prepare_environment() -> None:
+    """Starts this program anew with the variables of `ENVIRONMENT` that are not set; call it before importing JAX.
+
+    >>> set(ENVIRONMENT) >= {"OPENBLAS_NUM_THREADS"}
+    True
+    """
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    if missing:
+        # the C library reads its variables when the process starts
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
+
+
+def available_cores() -> int:
+    """Cores this process may use.
+
+    >>> available_cores() >= 1
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_devices(devices: int | None, cohort: int) -> int:
+    """How many devices the client axis is split over: `devices` if given, else all there are but no more than clients.
+
+    On a CPU it also makes that many host devices, which works only before JAX has started one.
+
+    Raises:
+        ValueError: more devices than JAX can give, or fewer than one.
+
+    >>> choose_devices(1, cohort=20)
+    1
+    """
+    import jax
+
+    if devices is not None and devices < 1:
+        raise ValueError(f"devices is {devices}; allowed: at least 1")
+    wanted = devices or available_cores()
+    if jax.config.values["jax_num_cpu_devices"] < wanted:  # -1 where nobody has set it
+        with contextlib.suppress(RuntimeError):  # JAX runs already, in a test or a notebook: what is there is used
+            jax.config.update("jax_num_cpu_devices", wanted)
+    there = len(jax.devices())
+    if devices is not None and devices > there:
+        raise ValueError(f"devices is {devices}; allowed: 1 to {there} on this {jax.default_backend()}")
+    return devices or min(there, cohort)
+
+
+def describe(layout, cohort: int) -> str:
+    """One line: what was chosen and how to change it.
+
+    >>> from fedkd_jax import Layout
+    >>> describe(Layout(chunk=1), 20).split(":")[0]
+    'cpu'
+    """
+    import jax
+
+    groups, chunk = layout.groups(cohort)
+    each = "one client at a time" if chunk == 1 else f"{chunk} clients at a time under vmap"
+    what = f"{jax.default_backend()}: {layout.devices} device(s) (--devices), {each} on each, {groups} times (--chunk)"
+    return f"{what}; " + ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)

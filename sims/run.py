@@ -1,0 +1,64 @@
+"""One experiment: `python -m sims.run CONFIG [--method NAME] [--overrides]`.
+
+Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, accuracy.png,
+clients.png (who holds what) and table.md.
+"""
+
+if __name__ == "__main__":
+    from sims import hardware
+
+    hardware.prepare_environment()
+
+import pathlib
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from fedkd_jax import report
+from fedkd_jax.config import build_algorithm, build_data
+from fedkd_jax.data import partition_plot
+from sims import common, hardware
+
+
+def main(argv: list[str] | None = None) -> pathlib.Path:
+    """Runs one method of the config; returns the folder.
+
+    >>> import inspect; list(inspect.signature(main).parameters)
+    ['argv']
+    """
+    with common.one_line_errors():
+        config, options = common.parse("run", argv)
+        name = options.method or next(iter(config.methods))
+        method = config.methods[name]
+        clients = build_data(config)
+        layout = common.choose_layout(config, options, clients)
+        algorithm = build_algorithm(config, method, clients, layout)
+        folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
+    common.write_config(folder, config)
+    common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
+    common.console.print(
+        f"{name}: {len(clients.parts)} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
+        f" training examples, {len(clients.labels)} examples in all -> {folder}"
+    )
+    partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
+
+    with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:
+
+        def on_record(record: dict) -> None:
+            common.append_jsonl(folder / "metrics.jsonl", record)
+            for key, value in record.items():
+                if key != "round":
+                    writer.add_scalar(key, value, record["round"])
+
+        _, _, records = common.run_method(config, algorithm, clients, config.seeds[0], name, progress, on_record)
+
+    rows = report.table_rows({name: [records]}, None)
+    common.show_table(rows, f"{config.name}, {config.rounds} rounds")
+    (folder / "table.md").write_text(report.markdown(rows) + "\n")
+    report.accuracy_plot({name: [records]}, folder / "accuracy.png", title=config.name)
+    common.console.print(f"config, metrics, events, plots and table: {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Settings that must hold before JAX starts a backend: eight CPU devices, one BLAS thread, no silent rank promotion."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # batched LAPACK oversubscribes otherwise, see FACTS
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "laws",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
+settings.load_profile("laws")
+
+
+@pytest.fixture
+def eight_devices():
+    """A test that needs eight devices does not run where an accelerator is the default platform."""
+    if len(jax.devices()) < 8:
+        pytest.skip(f"needs 8 devices, JAX sees {len(jax.devices())}")

@@ -1,0 +1,73 @@
+"""Laws of `fedkd_jax.aggregate`: a weighted mean that can be added up in any grouping, and weights."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkd_jax import example_weight, uniform_weight
+from fedkd_jax.aggregate import all_finite, weighted, weighted_mean
+
+K = 4
+values = strategies.floats((K, 3))
+weights = st.lists(st.integers(0, 50), min_size=K, max_size=K).map(lambda w: np.array(w, np.float32))
+
+
+def summed(updates, weights, order=range(K)):
+    updates, weights = jnp.asarray(updates), jnp.asarray(weights)
+    parts = [weighted({"w": updates[i]}, weights[i]) for i in order]
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+
+
+class Means(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @given(values, weights)
+    def test_the_mean_equals_numpy_and_is_zero_without_weights(self, updates, weights):
+        mean = self.variant(lambda u, w: weighted_mean(summed(u, w)))(updates, weights)["w"]
+        expected = np.average(updates.astype(np.float64), axis=0, weights=weights) if weights.any() else np.zeros(3)
+        np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @given(values, weights, st.integers(0, K - 1), st.sampled_from([np.nan, np.inf, -np.inf]))
+    def test_weight_zero_hides_whatever_the_update_holds(self, updates, weights, i, poison):
+        weights[i] = 0
+        mean = self.variant(lambda u, w: weighted_mean(summed(u, w)))
+        broken = updates.copy()
+        broken[i] = poison
+        chex.assert_trees_all_equal(mean(broken, weights), mean(np.where(np.arange(K)[:, None] == i, 0, updates), weights))
+
+
+@given(values, weights, st.permutations(range(K)))
+def test_clients_can_be_added_up_in_any_order(updates, weights, order):
+    a, b = weighted_mean(summed(updates, weights)), weighted_mean(summed(updates, weights, order))
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@given(values, st.integers(1, 50))
+def test_equal_weights_give_the_plain_mean(updates, weight):
+    mean = weighted_mean(summed(updates, np.full(K, weight, np.float32)))["w"]
+    np.testing.assert_allclose(mean, updates.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 10**6))
+def test_weights_of_a_client(count):
+    assert float(example_weight(jnp.int32(count))) == count
+    assert float(uniform_weight(jnp.int32(count))) == float(count > 0)
+    assert example_weight(jnp.int32(count)).dtype == uniform_weight(jnp.int32(count)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@given(st.integers(0, 5))
+def test_one_number_that_is_not_finite_is_found(poison, entry):
+    tree = {"a": np.zeros(3, np.float32), "b": [np.zeros(3, np.float32)], "steps": np.int32(3), "none": ()}
+    assert all_finite(tree)
+    (tree["a"] if entry < 3 else tree["b"][0])[entry % 3] = poison
+    assert not all_finite(tree)
+    assert all_finite({"steps": np.int32(3)})
+    assert all_finite(())

@@ -1,0 +1,169 @@
+"""Laws of `fedkd_jax.codecs`: what arrives, and what it costs, against the paper's rule counted naively."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import strategies
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fedkd_jax import energy_threshold, identity_codec, payload_bytes, payload_floats, svd_codec
+from fedkd_jax.codecs import compressible_by_rank, max_factored_rank
+
+KEY = jax.random.key(0)
+SHAPES = {"conv": (3, 3, 4, 8), "dense": (24, 20), "head": (20, 3), "pair": (2, 2), "bias": (20,), "gain": ()}
+
+
+@st.composite
+def updates(draw):
+    """A tree of updates whose matrices have a drawn rank and noise, and a scale apart from each other."""
+    rng, out = np.random.default_rng(draw(strategies.seeds)), {}
+    for name, shape in SHAPES.items():
+        x = rng.normal(size=shape)
+        if len(shape) >= 2:
+            m, n = int(np.prod(shape[:-1])), shape[-1]
+            rank, noise = draw(st.integers(0, min(m, n))), draw(st.sampled_from([0.0, 1e-3, 1.0]))
+            x = ((rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))) + noise * rng.normal(size=(m, n))).reshape(shape)
+        out[name] = np.asarray(x * 10.0 ** draw(st.integers(-6, 3)), np.float32)
+    return {"model": out}
+
+
+def over_rounds(hundredths):
+    """A schedule that makes T an argument, so that one compilation serves all draws."""
+    return hundredths / 100
+
+
+@functools.cache
+def jitted(method="auto"):
+    codec = svd_codec(over_rounds, method=method)
+
+    def both(update, hundredths):
+        payload = codec.encode(update, hundredths, KEY)
+        return payload, codec.decode(payload)
+
+    return jax.jit(both)
+
+
+thresholds = st.integers(40, 99)
+
+
+def send(update, hundredths):
+    """The oracle, for draws whose ranks float32 can decide."""
+    arrived, cost = reference.send(jax.tree.map(lambda x: x.astype(np.float64), update), np.float32(hundredths) / np.float32(100))
+    assume(cost["margin"] > 1e-5)
+    return arrived, cost
+
+
+@pytest.mark.parametrize("method", ["gram", "svd"])
+@given(update=updates(), hundredths=thresholds)
+def test_what_arrives_and_what_it_costs_equals_numpy(method, update, hundredths):
+    arrived, cost = send(update, hundredths)
+    payload, decoded = jitted(method)(update, jnp.int32(hundredths))
+    assert int(payload_floats(payload)) == cost["floats"]
+    assert int(payload_bytes(payload)) == cost["bytes"]
+    full = {"model/conv": 8, "model/dense": 20, "model/head": 3}
+    assert {k: int(v) for k, v in payload.ranks.items()} == {k: full[k] if v is None else v for k, v in cost["ranks"].items()}
+    for name, x in update["model"].items():
+        y, expected = np.asarray(decoded["model"][name]), arrived["model"][name]
+        assert y.shape == x.shape
+        assert y.dtype == x.dtype
+        if cost["ranks"].get(f"model/{name}") is None:
+            np.testing.assert_array_equal(y, x)  # raw decodes to exactly itself
+        else:
+            energy = np.sum(x.astype(np.float64) ** 2)
+            distance = np.sum((x - y.astype(np.float64)) ** 2)
+            assert distance <= (1 - hundredths / 100) * energy
+            # equal singular values may be cut either way, so compare how far the two are from x
+            np.testing.assert_allclose(distance / max(energy, 1e-30), np.sum((x - expected) ** 2) / max(energy, 1e-30), atol=1e-5)
+
+
+@given(updates(), thresholds)
+def test_a_message_never_costs_more_than_the_update_itself(update, hundredths):
+    payload, _ = jitted()(update, jnp.int32(hundredths))
+    dense = identity_codec().encode(update, 0, KEY)
+    assert int(dense.floats) == sum(int(np.prod(s)) for s in SHAPES.values())
+    assert int(dense.nbytes) == 4 * int(dense.floats)
+    assert 0 < int(payload.floats) <= int(dense.floats)
+    assert 0 < int(payload.nbytes) <= int(dense.nbytes)
+    assert payload.floats.dtype == payload.nbytes.dtype == jnp.int32
+
+
+@given(updates(), thresholds, thresholds)
+def test_cost_and_ranks_rise_with_the_threshold(update, a, b):
+    low, high = (jitted()(update, jnp.int32(t))[0] for t in sorted((a, b)))
+    assert int(low.floats) <= int(high.floats)
+    assert int(low.nbytes) <= int(high.nbytes)
+    assert all(int(low.ranks[k]) <= int(high.ranks[k]) for k in low.ranks)
+
+
+class Schedules(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_a_schedule_is_read_at_the_round(self):
+        update = {"w": np.diag(np.arange(30.0, 0, -1)).astype(np.float32)}
+        scheduled = self.variant(svd_codec(energy_threshold(0.2, 0.6, 4)).encode)
+        ranks = [int(scheduled(update, jnp.int32(t), KEY).ranks["w"]) for t in range(4)]
+        assert ranks == [reference.exact_rank(update["w"], t) for t in np.linspace(0.2, 0.6, 4)]
+        assert ranks == sorted(set(ranks))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @given(updates())
+    def test_identity_is_identity(self, update):
+        codec = identity_codec()
+        payload = self.variant(codec.encode)(update, 0, KEY)
+        chex.assert_trees_all_equal(self.variant(codec.decode)(payload), update)
+        assert payload.ranks == {}
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_the_largest_rank_that_pays_is_found(m, n):
+    pays = [k for k in range(1, min(m, n) + 1) if k * (m + n) + k * k < m * n]
+    assert max_factored_rank(m, n) == max(pays, default=0)
+
+
+def test_leaves_that_are_not_compressible_go_raw():
+    update = {"embed": {"table": jnp.ones((30, 20))}, "dense": {"kernel": jnp.ones((30, 20))}}
+    seen = {}
+
+    def compressible(path, leaf):
+        seen[path] = leaf.shape
+        return not path.startswith("embed")
+
+    payload = svd_codec(0.9, compressible=compressible).encode(update, 0, KEY)
+    assert seen == {"embed/table": (30, 20), "dense/kernel": (30, 20)}
+    assert {k: int(v) for k, v in payload.ranks.items()} == {"dense/kernel": 1}
+    assert int(payload.floats) == 600 + 51
+    assert int(payload.nbytes) == 4 * (600 + 50) + 4
+    assert [compressible_by_rank("x", np.zeros((2,) * d)) for d in range(4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_broken_leaf_goes_raw_and_the_others_do_not_notice(poison):
+    whole = {"a": np.ones((24, 20), np.float32), "b": np.ones((24, 20), np.float32)}
+    broken = dict(whole, a=whole["a"].copy())
+    broken["a"][3, 4] = poison
+    codec = svd_codec(0.9)
+    payload = jax.jit(codec.encode)(broken, 0, KEY)
+    assert {k: int(v) for k, v in payload.ranks.items()} == {"a": 20, "b": 1}
+    decoded = codec.decode(payload)
+    np.testing.assert_array_equal(decoded["a"], broken["a"])
+    np.testing.assert_allclose(decoded["b"], broken["b"], rtol=1e-5)
+
+
+def test_counts_follow_the_width_of_the_numbers():
+    half = {"w": jnp.ones((30, 20), jnp.bfloat16)}
+    assert int(identity_codec().encode(half, 0, KEY).nbytes) == 1200
+
+
+def test_errors_name_the_argument_its_value_and_what_is_allowed():
+    for bad in (0.0, 1.1):
+        with pytest.raises(ValueError, match=rf"threshold is {bad}; allowed: .*\(0, 1\]"):
+            svd_codec(bad)
+    with pytest.raises(ValueError, match=r"update has 4000000000 bytes; allowed: at most 2147483647"):
+        jax.eval_shape(lambda x: identity_codec().encode(x, 0, KEY), jax.ShapeDtypeStruct((10**9,), jnp.float32))
+    with pytest.raises(ValueError, match=r"method is 'qr'; allowed"):
+        svd_codec(0.9, method="qr").encode({"w": jnp.ones((9, 9))}, 0, KEY)

@@ -1,0 +1,97 @@
+"""Laws of configs: strict, one-line errors before anything compiles, and a round trip through YAML."""
+
+import dataclasses
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import yaml
+
+from fedkd_jax.config import ConfigError, Experiment, from_dict, load_config, to_yaml, validate
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+IMPOSSIBLE = {
+    "roundz: 3": ("roundz", "rounds"),
+    "data: {alhpa: 0.1}": ("data.alhpa", "alpha"),
+    "methods: {a: {tstart: 0.1}}": ("methods.a.tstart", "t_start"),
+    "rounds: three": ("rounds", "int"),
+    "rounds: 2.5": ("rounds", "int"),
+    "rounds: true": ("rounds", "int"),
+    "data: {name: 3}": ("data.name", "str"),
+    "teacher: {hidden: 64}": ("teacher.hidden", "list"),
+    "teacher: {hidden: [64, x]}": ("teacher.hidden[1]", "int"),
+    "data: digits": ("data", "mapping"),
+    "methods: {a: {algorithm: fedsgd}}": ("methods.a.algorithm", "fedavg"),
+    "rounds: 0": ("rounds", "at least 1"),
+    "batch: 0": ("batch", "at least 1"),
+    "steps: 0": ("steps", "at least 1"),
+    "eval_every: 0": ("eval_every", "at least 1"),
+    "seeds: []": ("seeds", "one seed"),
+    "seeds: [1, 1]": ("seeds", "different"),
+    "cohort: 0": ("cohort", "1 to"),
+    "{cohort: 11, data: {clients: 10}}": ("cohort", "10"),
+    "data: {clients: 0}": ("data.clients", "at least 1"),
+    "data: {alpha: 0}": ("data.alpha", "above 0"),
+    "data: {alpha: .inf}": ("data.alpha", "above 0"),
+    "data: {alpha: .nan}": ("data.alpha", "above 0"),
+    "data: {test_fraction: 1.0}": ("data.test_fraction", "between 0 and 1"),
+    "methods: {a: {t_start: 1.01}}": ("methods.a.t_start", "(0, 1]"),
+    "methods: {a: {t_end: 0}}": ("methods.a.t_end", "(0, 1]"),
+    "methods: {a: {message: gradient}}": ("methods.a.message", "steps: 1"),
+    "methods: {}": ("methods", "one method"),
+    "{teacher: {hidden: [8]}, student: {hidden: [8, 8]}}": ("student", "at most teacher's, 1"),
+    "teacher: {hidden: [0]}": ("teacher", "at least 1"),
+    "teacher: {channels: [8]}": ("teacher.channels", "cnn"),
+    "student: {kind: cnn}": ("student.channels", "cnn"),
+    "student_optimizer: {learning_rate: 0}": ("student_optimizer.learning_rate", "above 0"),
+    "baseline: nobody": ("baseline", "FedKD"),
+    "[1, 2]": ("config", "mapping"),
+    "{a: [": (".yaml", "YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), IMPOSSIBLE.items(), ids=IMPOSSIBLE)
+def test_impossible_configs_are_told_in_one_line(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "allowed" in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_files_load_and_come_back(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@hypothesis.given(
+    rounds=st.integers(1, 10**6),
+    alpha=st.floats(1e-3, 1e3),
+    hidden=st.lists(st.integers(1, 512), min_size=1, max_size=3),
+    seeds=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4, unique=True),
+    rate=st.floats(1e-6, 10),
+)
+def test_yaml_round_trip(rounds, alpha, hidden, seeds, rate):
+    config = Experiment(rounds=rounds, seeds=tuple(seeds))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, alpha=alpha),
+        teacher=dataclasses.replace(config.teacher, hidden=tuple(hidden)),
+        student=dataclasses.replace(config.student, hidden=tuple(hidden[:1])),
+        teacher_optimizer=dataclasses.replace(config.teacher_optimizer, learning_rate=rate),
+    )
+    validate(config)
+    assert from_dict(Experiment, yaml.safe_load(to_yaml(config))) == config
+
+
+def test_missing_file_is_told():
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_config("nowhere.yaml")

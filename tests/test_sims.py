@@ -1,0 +1,145 @@
+"""The programs as a user runs them: every config file does two rounds, errors are one line, nothing is overwritten."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from fedkd_jax.config import load_config
+from fedkd_jax.report import accuracy_plot, table_rows
+from sims import common, compare, run
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def data_dir() -> str | None:
+    for folder in (os.environ.get("FEDKD_DATA_DIR"), ROOT.parent / "shared" / "data"):
+        if folder and (pathlib.Path(folder) / "fashion_mnist").is_dir():
+            return str(folder)
+    return None
+
+
+def small(path: pathlib.Path) -> list[str]:
+    """Flags that make a config two rounds of little data, its methods and models as they are."""
+    config = load_config(path)
+    flags = ["--rounds", "2", "--eval-every", "1", "--seeds", "0", "--steps", "1", "--epochs", "1"]
+    if config.data.name == "fashion_mnist":
+        if data_dir() is None:
+            pytest.skip("Fashion-MNIST is not here; point FEDKD_DATA_DIR to it")
+        flags += ["--data.dir", data_dir(), "--data.split", "train[:400]", "--data.clients", "4", "--cohort", "2"]
+        flags += ["--data.min-examples", "2"]
+    return flags
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_runs_two_rounds(path, tmp_path, capsys):
+    config = load_config(path)
+    folder = compare.main([str(path), *small(path), "--devices", "1", "--out", str(tmp_path / "out")])
+    rows = (folder / "table.csv").read_text().splitlines()
+    assert len(rows) >= 1 + len(config.methods)
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {r["method"] for r in results} == set(config.methods)
+    assert {r["round"] for r in results} == {1, 2}
+    assert all(r["not_finite"] == 0 for r in results)
+    for name in ("accuracy.png", "clients.png"):
+        assert (folder / name).stat().st_size > 10_000
+    for name in config.methods:
+        assert name in (folder / "table.md").read_text()
+    assert load_config(folder / "config.yaml").rounds == 2
+    assert "rounds/s" in capsys.readouterr().out
+
+
+def test_run_writes_metrics_and_events(tmp_path):
+    folder = run.main([str(ROOT / "configs" / "digits.yaml"), "--method", "FedKD", *small(ROOT / "configs" / "digits.yaml")]
+                      + ["--devices", "1", "--out", str(tmp_path / "out")])  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert 0 <= lines[-1]["teacher/accuracy"] <= 1
+    assert lines[1]["bytes_per_client"] > lines[0]["bytes_per_client"] > 0
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert (folder / "table.md").read_text().count("FedKD") == 2  # teacher and student
+
+
+def test_devices_and_chunks_give_the_same_numbers(tmp_path):
+    """`--devices 8` on forced host devices, and any `--chunk`, are one device to rounding."""
+    path, ends = str(ROOT / "configs" / "digits.yaml"), []
+    for i, flags in enumerate((["--devices", "1"], ["--devices", "8"], ["--devices", "1", "--chunk", "3"])):
+        out = run.main([path, "--method", "FedKD", "--rounds", "3", "--eval-every", "3", *flags, "--out", str(tmp_path / str(i))])
+        ends.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
+    for other in ends[1:]:
+        assert other == pytest.approx(ends[0], rel=1e-3)
+
+
+def run_program(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("text", ["roundz: 3", "methods: {a: {t_start: 1.5}}", "{cohort: 9, data: {clients: 3}}"])
+def test_a_bad_config_ends_the_program_with_one_line(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    done = run_program("sims.run", "bad.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_program_sets_its_environment_and_says_so(tmp_path):
+    flags = small(ROOT / "configs" / "digits.yaml")
+    done = run_program("sims.run", str(ROOT / "configs" / "digits.yaml"), *flags, "--devices", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 device(s)" in done.stdout
+    assert "OPENBLAS_NUM_THREADS=1" in done.stdout
+    assert (tmp_path / "runs").is_dir()
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = common.run_folder(common.Options(), "x")
+    assert common.run_folder(common.Options(), "x") != first
+    (first / "metrics.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match="out is"):
+        common.run_folder(common.Options(out=str(first)), "x")
+    assert (first / "metrics.jsonl").read_text() == "mine"
+
+
+def test_measured_chunk_is_one_of_the_candidates(tmp_path):
+    config, options = common.parse("run", [str(ROOT / "configs" / "digits.yaml"), "--chunk", "measure", "--devices", "1"])
+    layout = common.choose_layout(config, options, common_data(config))
+    assert layout.chunk in (1, 8, 20)
+
+
+def common_data(config):
+    from fedkd_jax.config import build_data
+
+    return build_data(config)
+
+
+@pytest.mark.parametrize("chunk", ["0", "-1", "many"])
+def test_bad_chunk_is_told(chunk):
+    with pytest.raises(ValueError, match=r"chunk is .*allowed"):
+        common.parse("run", [str(ROOT / "configs" / "digits.yaml"), "--chunk", chunk])
+
+
+def test_table_says_mean_std_and_ratio():
+    def seeds(*accuracies, sent):
+        return [
+            [{"round": 1, "m/accuracy": a, "m/accuracy_per_client": a, "bytes_per_client": sent, "floats_per_client": 1.0}]
+            for a in accuracies
+        ]
+
+    runs = {"full": seeds(0.8, 0.9, sent=5e6), "small": seeds(0.7, 0.7, sent=1e6), "none": seeds(0.5, 0.5, sent=0.0)}
+    rows = table_rows(runs, "full")
+    assert rows[0]["accuracy %"] == "85.00 ± 7.07"  # the sample's standard deviation
+    assert [row["less"] for row in rows] == ["1.0x", "5.0x", "-"]
+    figure = accuracy_plot(runs)
+    assert len(figure.axes[0].lines) == 3
+    assert "none" in figure.axes[1].get_title()

@@ -1,0 +1,258 @@
+"""Laws of `fedkd_jax.svd` against float64 NumPy, for every method, under jit and without."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import strategies
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fedkd_jax import LowRank, energy_threshold, matrix_shape, reconstruct, retained_rank, truncated_svd
+from fedkd_jax.svd import METHODS
+
+both = chex.variants(with_jit=True, without_jit=True)
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+@functools.cache
+def jitted(method="auto", max_rank=None):
+    return jax.jit(functools.partial(truncated_svd, method=method, max_rank=max_rank))
+
+
+def svd(matrix, threshold, method="auto", max_rank=None):
+    return jitted(method, max_rank)(matrix, jnp.float32(threshold))
+
+
+def clear(matrix, threshold):
+    """Draws whose rank float32 cannot decide are not drawn at all."""
+    assume(reference.margin(matrix, threshold) > 1e-5)
+
+
+def lost(matrix, low_rank):
+    """The share of energy that is not in the factors, in float64."""
+    u, s, vt = (np.asarray(x, np.float64) for x in (low_rank.u, low_rank.s, low_rank.vt))
+    matrix = np.asarray(matrix, np.float64)
+    return np.sum((matrix - (u * s) @ vt) ** 2) / max(np.sum(matrix**2), 1e-300)
+
+
+class SvdLaws(chex.TestCase):
+    @both
+    @given(strategies.matrices(), strategies.thresholds)
+    def test_energy_is_kept_with_the_smallest_rank_and_orthonormal_factors(self, matrix, threshold):
+        clear(matrix, threshold)
+        low_rank = self.variant(truncated_svd)(matrix, jnp.float32(threshold))
+        (m, n), r = matrix.shape, min(matrix.shape)
+        chex.assert_shape((low_rank.u, low_rank.s, low_rank.vt, low_rank.rank), ((m, r), (r,), (r, n), ()))
+        k = int(low_rank.rank)
+        assert k == reference.exact_rank(matrix, threshold)
+        if matrix.any():
+            assert lost(matrix, low_rank) < 1 - threshold
+        u, s, vt = (np.asarray(x, np.float64) for x in (low_rank.u, low_rank.s, low_rank.vt))
+        np.testing.assert_allclose(u[:, :k].T @ u[:, :k], np.eye(k), atol=2e-3)
+        np.testing.assert_allclose(vt[:k] @ vt[:k].T, np.eye(k), atol=1e-4)
+        exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        np.testing.assert_allclose(s[:k], exact[:k], rtol=1e-3, atol=1e-5)
+        assert (np.diff(s) <= 1e-5 * s[:1].sum()).all()
+        assert not u[:, k:].any()
+        assert not s[k:].any()
+        assert not vt[k:].any()
+
+    @both
+    @given(strategies.matrices((9, 5)), strategies.thresholds)
+    def test_reconstruct_is_the_best_approximation_of_its_rank(self, matrix, threshold):
+        clear(matrix, threshold)
+        low_rank = self.variant(truncated_svd)(matrix, jnp.float32(threshold))
+        back = self.variant(reconstruct)(low_rank)
+        best = reference.truncate(matrix.astype(np.float64), int(low_rank.rank))
+        error = np.linalg.norm(matrix - best)  # ties in the spectrum: compare the distance, not the matrix
+        np.testing.assert_allclose(np.linalg.norm(matrix - np.asarray(back)), error, rtol=1e-3, atol=1e-5 * np.abs(matrix).max())
+
+    @both
+    @given(st.lists(st.floats(0, 10, width=32, allow_subnormal=False), min_size=6, max_size=6), strategies.thresholds)
+    def test_retained_rank_equals_numpy(self, values, threshold):
+        values = np.sort(np.array(values, np.float32))[::-1]
+        assume(not values.any() or values.max() > 1e-10)
+        clear(np.diag(values), threshold)
+        rank = self.variant(retained_rank)(values.copy(), jnp.float32(threshold))
+        assert int(rank) == reference.exact_rank(np.diag(values), threshold)
+        assert rank.dtype == jnp.int32
+
+
+@each_method
+@given(matrix=strategies.matrices(), threshold=strategies.thresholds)
+def test_every_method_finds_the_same_rank_and_keeps_the_energy(method, matrix, threshold):
+    clear(matrix, threshold)
+    low_rank = svd(matrix, threshold, method)
+    assert int(low_rank.rank) == reference.exact_rank(matrix, threshold)
+    if matrix.any():
+        assert lost(matrix, low_rank) < 1 - threshold
+    np.testing.assert_allclose(low_rank.s, svd(matrix, threshold).s, rtol=1e-3, atol=1e-5)
+
+
+@each_method
+@given(matrix=strategies.matrices(), a=strategies.thresholds, b=strategies.thresholds)
+def test_the_rank_rises_with_the_threshold_and_the_loss_falls(method, matrix, a, b):
+    low, high = svd(matrix, min(a, b), method), svd(matrix, max(a, b), method)
+    assert int(low.rank) <= int(high.rank)
+    assert lost(matrix, low) >= lost(matrix, high) - 1e-6
+
+
+@each_method
+@given(matrix=strategies.matrices(), threshold=strategies.thresholds)
+def test_transposing_commutes(method, matrix, threshold):
+    clear(matrix, threshold)
+    one, other = svd(matrix, threshold, method), svd(matrix.T.copy(), threshold, method)
+    assert int(one.rank) == int(other.rank)
+    np.testing.assert_allclose(one.s, other.s, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(lost(matrix, one), lost(matrix.T, other), atol=1e-5)
+
+
+@each_method
+@pytest.mark.parametrize("shape", strategies.SHAPES)
+def test_zero_stays_zero(method, shape):
+    low_rank = svd(np.zeros(shape, np.float32), 0.95, method)
+    chex.assert_trees_all_equal(low_rank, jax.tree.map(jnp.zeros_like, low_rank))
+    assert not np.asarray(reconstruct(low_rank)).any()
+
+
+@each_method
+@given(matrix=strategies.matrices(), threshold=strategies.thresholds, scale=st.sampled_from([1e-30, 1e-20, 1e18, 1e30]))
+def test_the_scale_of_a_matrix_does_not_move_its_rank(method, matrix, threshold, scale):
+    clear(matrix, threshold)
+    scaled = matrix * np.float32(scale)
+    low_rank = svd(scaled, threshold, method)
+    assert int(low_rank.rank) == reference.exact_rank(matrix, threshold)
+    chex.assert_tree_all_finite(low_rank)
+    np.testing.assert_allclose(np.asarray(low_rank.s, np.float64) / scale, svd(matrix, threshold, method).s, rtol=1e-3, atol=1e-5)
+
+
+@each_method
+@given(matrix=strategies.matrices((9, 5)), max_rank=st.sampled_from([1, 3, 50]), threshold=strategies.thresholds)
+def test_max_rank_cuts_the_columns_and_nothing_else(method, matrix, max_rank, threshold):
+    whole, cut = svd(matrix, threshold, method), svd(matrix, threshold, method, max_rank)
+    r = min(max_rank, 5)
+    chex.assert_shape((cut.u, cut.s, cut.vt), ((9, r), (r,), (r, 5)))
+    assert int(cut.rank) == min(int(whole.rank), r)
+    np.testing.assert_allclose(cut.s, whole.s[:r], rtol=1e-4, atol=1e-6)
+
+
+@each_method
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@given(matrix=strategies.matrices((9, 5)), threshold=strategies.thresholds, entry=st.integers(0, 44))
+def test_a_broken_client_breaks_only_itself(method, poison, matrix, threshold, entry):
+    broken = matrix.copy()
+    broken.flat[entry] = poison
+    stacked = np.stack([matrix, broken, matrix])
+    out = stacked_svd(method)(stacked, jnp.float32(threshold))
+    alone = stacked_svd(method)(np.stack([matrix] * 3), jnp.float32(threshold))
+    for i in (0, 2):
+        chex.assert_trees_all_equal(jax.tree.map(lambda x: x[i], out), jax.tree.map(lambda x: x[i], alone))  # noqa: B023
+    assert int(out.rank[1]) == 5
+    assert np.isnan(out.u[1]).all()
+    assert np.isnan(out.s[1]).all()
+    assert np.isnan(out.vt[1]).all()
+    np.testing.assert_allclose(alone.s[0], svd(matrix, threshold, method).s, rtol=1e-4, atol=1e-6)  # vmap = one by one
+
+
+@functools.cache
+def stacked_svd(method):
+    return jax.jit(jax.vmap(functools.partial(truncated_svd, method=method), in_axes=(0, None)))
+
+
+@each_method
+def test_equal_singular_values_and_rank_one(method):
+    equal = np.eye(20, dtype=np.float32) * 7
+    assert int(svd(equal, 0.51, method).rank) == 11  # 10 of 20 is not more than 0.51
+    assert int(svd(equal, 1.0, method).rank) == 20  # no share exceeds 1: all of them
+    one = np.outer(np.arange(1.0, 31), np.arange(1.0, 21)).astype(np.float32)
+    low_rank = svd(one, 0.999, method)
+    assert int(low_rank.rank) == 1
+    np.testing.assert_allclose(reconstruct(low_rank), one, rtol=1e-4)
+
+
+def test_the_threshold_must_be_exceeded_not_met():
+    s = jnp.sqrt(jnp.array([2.0, 1.0, 1.0]))
+    assert int(retained_rank(s, 0.5)) == 2  # 2 of 4 meets 0.5
+    assert int(retained_rank(s, 0.4999)) == 1
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nothing_is_dropped_from_a_broken_spectrum(poison):
+    assert int(retained_rank(jnp.array([poison, 1.0, 0.0]), 0.5)) == 3
+
+
+@given(strategies.matrices((9, 5)), strategies.thresholds)
+def test_the_factors_carry_no_gradient(matrix, threshold):
+    gradient = jitted_gradient()(matrix, jnp.float32(threshold))
+    np.testing.assert_array_equal(gradient, np.zeros((9, 5)))
+
+
+@functools.cache
+def jitted_gradient():
+    return jax.jit(jax.grad(lambda m, t: reconstruct(truncated_svd(m, t)).sum()))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_empty_matrix_has_rank_zero(shape):
+    low_rank = truncated_svd(jnp.zeros(shape), 0.9)
+    assert isinstance(low_rank, LowRank)
+    assert int(low_rank.rank) == 0
+    assert reconstruct(low_rank).shape == shape
+
+
+@given(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(1, 50))
+def test_the_threshold_goes_from_start_to_end_in_equal_steps(start, end, rounds):
+    schedule = energy_threshold(start, end, rounds)
+    values = np.array([float(schedule(t)) for t in range(rounds + 3)])
+    np.testing.assert_allclose(values[0], start, rtol=1e-5)
+    if rounds > 1:
+        np.testing.assert_allclose(values[:rounds], np.linspace(start, end, rounds), rtol=1e-5)
+        np.testing.assert_allclose(values[rounds:], end, rtol=1e-5)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5))
+def test_the_matrix_view_keeps_every_entry_and_the_last_axis(shape):
+    m, n = matrix_shape(tuple(shape))
+    assert (m * n, n) == (np.prod(shape), shape[-1])
+
+
+def test_errors_name_the_argument_its_value_and_what_is_allowed():
+    matrix = jnp.ones((3, 2))
+    for match, call in [
+        (r"method is 'qr'; allowed: auto, svd, gram", lambda: truncated_svd(matrix, 0.9, method="qr")),
+        (r"max_rank is 0; allowed: at least 1", lambda: truncated_svd(matrix, 0.9, max_rank=0)),
+        (r"start is 0.0; allowed: .*\(0, 1\]", lambda: energy_threshold(0.0, 0.5, 3)),
+        (r"end is 1.5; allowed: .*\(0, 1\]", lambda: energy_threshold(0.5, 1.5, 3)),
+        (r"rounds is 0; allowed: at least 1", lambda: energy_threshold(0.5, 0.9, 0)),
+        (r"shape is \(3,\); allowed: two axes or more", lambda: matrix_shape((3,))),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_two_stacked_factorisations_in_one_program_do_not_hang():
+    """Two batched LAPACK calls of these shapes in one program never return on jax 0.10.2 with two cores."""
+    program = """
+import jax, jax.numpy as jnp
+from fedkd_jax import svd_codec
+codec = svd_codec(0.9)
+update = {"a": jax.random.normal(jax.random.key(0), (2, 1024, 512)), "b": jax.random.normal(jax.random.key(1), (2, 800, 64))}
+encode = jax.jit(jax.vmap(lambda u: codec.encode(u, 0, jax.random.key(2))))
+print(jax.tree.map(jnp.shape, encode(update).ranks), jax.block_until_ready(encode(update)).ranks["b"].shape)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"} | {"JAX_PLATFORMS": "cpu"}
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(2,)" in done.stdout
