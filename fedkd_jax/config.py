@@ -112,6 +112,7 @@ class MethodConfig:
     message: Literal["update", "gradient"] = "update"
     reset_optimizer: bool = True  # of what is shared, each round
     weighting: Literal["examples", "uniform"] = "examples"
+    optimizer: OptimizerConfig | None = None  # instead of the one that belongs to `model`; not for fedkd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +252,9 @@ def validate(config: Experiment) -> None:
             model.kind == "mlp" or len(model.channels) > 0, f"{name}.channels", model.channels, "one or more for a cnn"
         )
         check(model.kernel >= 1, f"{name}.kernel", model.kernel, "at least 1")
-        optimizer, key = getattr(config, f"{name}_optimizer"), f"{name}_optimizer"
+    optimizers = {f"{name}_optimizer": getattr(config, f"{name}_optimizer") for name in ("teacher", "student")}
+    optimizers |= {f"methods.{name}.optimizer": m.optimizer for name, m in config.methods.items() if m.optimizer}
+    for key, optimizer in optimizers.items():
         check(optimizer.learning_rate > 0, f"{key}.learning_rate", optimizer.learning_rate, "a number above 0")
         check(0 <= optimizer.momentum < 1, f"{key}.momentum", optimizer.momentum, "0 up to 1, 1 excluded")
         check(optimizer.weight_decay >= 0, f"{key}.weight_decay", optimizer.weight_decay, "0 or more")
@@ -267,6 +270,8 @@ def validate(config: Experiment) -> None:
         for t in ("t_start", "t_end"):
             check(0 < getattr(method, t) <= 1, f"{key}.{t}", getattr(method, t), "a share of energy in (0, 1]")
         one_step = method.message == "update" or (config.steps == 1 and method.algorithm == "fedkd")
+        own = method.optimizer is None or method.algorithm != "fedkd"
+        check(own, f"{key}.optimizer", method.optimizer, "null for fedkd; see teacher_optimizer and student_optimizer")
         check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
     known = config.baseline is None or config.baseline in config.methods
     check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
@@ -373,8 +378,10 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def build_codec(method: MethodConfig, rounds: int) -> Codec:
     """The codec of both directions.
 
-    >>> build_codec(MethodConfig(), 3) is not None
-    True
+    >>> import jax
+    >>> codec = build_codec(MethodConfig(codec="svd", t_start=0.9), rounds=10)
+    >>> int(codec.encode({"w": np.ones((30, 20), np.float32)}, 0, jax.random.key(0)).ranks["w"])
+    1
     """
     return (
         svd_codec(energy_threshold(method.t_start, method.t_end, rounds)) if method.codec == "svd" else identity_codec()
@@ -413,7 +420,8 @@ def build_algorithm(
             weight_fn=weight_fn,
             **local,
         )
-    model, optimizer = models[method.model], optimizers[method.model]
+    model = models[method.model]
+    optimizer = optimizers[method.model] if method.optimizer is None else build_optimizer(method.optimizer)
     if method.algorithm == "fedavg":
         shared = dict(uplink=codec, downlink=codec, weight_fn=weight_fn, reset_optimizer=method.reset_optimizer)
         return fedavg(model, optimizer=optimizer, **shared, **local)

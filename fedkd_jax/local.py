@@ -76,6 +76,7 @@ def local_steps(
     (30, 0.75)
     """
     size = -(-data.max_count // batch) * batch
+    rows = size if steps is None else min(size, steps * batch)
     count = jnp.asarray(data.count, jnp.int32)
     per_epoch = (count + batch - 1) // batch
     total = epochs * per_epoch if steps is None else jnp.where(count > 0, steps, 0)
@@ -83,10 +84,12 @@ def local_steps(
 
     def epoch(e, state):
         order = permutation(jax.random.fold_in(order_key, e), count, size)
+        # the rows of all its batches at once: a gather out of the flat arrays is too dear to do at every step
+        shuffled = gather_batch(data, order, 0, rows)
 
         def one(i, state):
             carry, sums = state
-            current = gather_batch(data, order, i, batch)
+            current = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * batch, batch), shuffled)
             carry, terms = step_fn(carry, current, jax.random.fold_in(step_key, e * per_epoch + i))
             return carry, optax.tree.add(sums, terms)
 

@@ -62,7 +62,7 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
         return experiment, options
 
     experiment, chosen = tyro.cli(
-        options, args=argv, prog=f"python -m sims.{program} CONFIG", config=(tyro.conf.FlagConversionOff,)
+        options, args=argv, prog=f"python -m sims.{program} CONFIG", config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     )
     validate(experiment)
     if chosen.method is not None and chosen.method not in experiment.methods:
@@ -124,11 +124,7 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
 
 
 def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: int = 3) -> list[float]:
-    """Wall time of compiled rounds, the compilation left out.
-
-    >>> import inspect; "repeats" in inspect.signature(seconds_per_round).parameters
-    True
-    """
+    """Wall time of compiled rounds, the compilation left out."""
     state, _ = simulate(algorithm, len(clients.parts), clients.train, jax.random.key(0), rounds=2, cohort=cohort)
     times = []
     for _ in range(repeats):
@@ -144,11 +140,7 @@ class _Speed(ProgressColumn):
 
 
 def progress_bar() -> Progress:
-    """A bar with rounds, rounds per second and time left.
-
-    >>> len(progress_bar().columns)
-    5
-    """
+    """A bar with rounds, rounds per second and time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -200,13 +192,7 @@ def run_method(
 
 
 def show_table(rows: list[dict[str, str]], title: str) -> None:
-    """Prints rows as a table.
-
-    >>> show_table([{"a": "1"}], "t") is None  # doctest: +ELLIPSIS
-    <BLANKLINE>
-    ...
-    True
-    """
+    """Prints rows as a table."""
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column, justify="left" if column in ("method", "model") else "right")

@@ -31,11 +31,7 @@ def baseline_of(config: Experiment) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
-    """Runs all methods of the config with all seeds; returns the folder.
-
-    >>> import inspect; list(inspect.signature(main).parameters)
-    ['argv']
-    """
+    """Runs all methods of the config with all seeds; returns the folder."""
     start = time.perf_counter()
     with common.one_line_errors():
         config, options = common.parse("compare", argv)

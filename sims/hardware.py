@@ -18,11 +18,7 @@ ENVIRONMENT = {
 
 
 def prepare_environment() -> None:
-    """Starts this program anew with the variables of `ENVIRONMENT` that are not set; call it before importing JAX.
-
-    >>> set(ENVIRONMENT) >= {"OPENBLAS_NUM_THREADS"}
-    True
-    """
+    """Starts this program anew with the variables of `ENVIRONMENT` that are not set; call it before importing JAX."""
     missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     if missing:
         # the C library reads its variables when the process starts

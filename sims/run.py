@@ -21,11 +21,7 @@ from sims import common, hardware
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
-    """Runs one method of the config; returns the folder.
-
-    >>> import inspect; list(inspect.signature(main).parameters)
-    ['argv']
-    """
+    """Runs one method of the config; returns the folder."""
     with common.one_line_errors():
         config, options = common.parse("run", argv)
         name = options.method or next(iter(config.methods))

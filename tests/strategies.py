@@ -71,8 +71,8 @@ def distillation(draw, leading=(BATCH,), heads=0, any_mask=True):
 
 
 def one(tree, i):
-    """Row i of every leaf: one client of many."""
-    return jax.tree.map(lambda x: x[i], tree)
+    """Row i of every leaf, in NumPy: one client of many."""
+    return jax.tree.map(lambda x: np.asarray(x)[i], tree)
 
 
 def fields(terms: LossTerms) -> dict:

@@ -310,25 +310,28 @@ def mean_round(message="update", **options):
 
 class Aggregation(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    @settings(max_examples=6)
-    @given(rows=strategies.floats((3, 2)), counts=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any))
-    def test_the_server_optimiser_is_fed_the_gradient_or_minus_the_update(self, rows, counts):
-        data = strategies.FederatedData(
-            inputs=rows, labels=np.zeros(3, np.int32), start=jnp.arange(3), count=jnp.array(counts), max_count=9
-        )
-        mean = np.average(rows, axis=0, weights=counts)
-        for weights, average in ((None, mean), (uniform_weight, rows[np.array(counts) > 0].mean(0))):
-            for message, optimizer, expected in (
-                ("update", None, average),
-                ("update", optax.sgd(0.5), 0.5 * average),
-                ("gradient", optax.sgd(0.5), -0.5 * average),
-            ):
-                server = ServerState(params=jnp.zeros(2), opt_state=optax.sgd(0.5).init(0.0), frozen={}, round=jnp.int32(4))
-                options = {} if weights is None else dict(weight_fn=weights)
-                run = self.variant(mean_round(message, server_optimizer=optimizer, **options))
+    def test_the_server_optimiser_is_fed_the_gradient_or_minus_the_update(self):
+        cases = [("update", None, 1.0), ("update", optax.sgd(0.5), 0.5), ("gradient", optax.sgd(0.5), -0.5)]
+        server = ServerState(params=jnp.zeros(2), opt_state=optax.sgd(0.5).init(0.0), frozen={}, round=jnp.int32(4))
+        runs = [
+            (rate, uniform, self.variant(mean_round(message, server_optimizer=optimizer, **options)))
+            for message, optimizer, rate in cases
+            for uniform, options in ((False, {}), (True, dict(weight_fn=uniform_weight)))
+        ]
+
+        @settings(max_examples=5)
+        @given(rows=strategies.floats((3, 2)), counts=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any))
+        def law(rows, counts):
+            data = strategies.FederatedData(
+                inputs=rows, labels=np.zeros(3, np.int32), start=jnp.arange(3), count=jnp.array(counts), max_count=9
+            )
+            for rate, uniform, run in runs:
+                mean = np.average(rows, axis=0, weights=np.array(counts) > 0 if uniform else counts)
                 after, _, _ = run(server, ClientState(), data, jnp.arange(3), KEY)
-                np.testing.assert_allclose(after.params, expected, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(after.params, rate * mean, rtol=1e-4, atol=1e-5)
                 assert int(after.round) == 5
+
+        law()
 
 
 def test_every_client_gets_its_documented_key_in_every_round():
