@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fedkd_jax.types import PyTree
 
 AXIS = "clients"
+CACHE_BYTES = 2**18  # a core's share of L2; measured in README, section Speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Layout:
 
     Args:
         mesh: a mesh with the one axis "clients" (`client_mesh`), or None for the default device.
-        chunk: clients trained at once on each device; None chooses 1 on a CPU and the whole cohort elsewhere.
+        chunk: at most so many clients are trained at once on each device. None chooses: the whole cohort on an accelerator;
+            on a CPU as many as fit the cache with all they read and write, which is 1 for all but tiny models.
 
     Raises:
         ValueError: `chunk` below 1, or a mesh with other axes.
@@ -48,16 +50,19 @@ class Layout:
         """Number of devices the client axis is split over."""
         return 1 if self.mesh is None else self.mesh.size
 
-    def groups(self, clients: int) -> tuple[int, int]:
-        """`(groups, chunk)` per device for a cohort, with the least padding that `chunk` allows.
+    def groups(self, clients: int, client_bytes: int = CACHE_BYTES) -> tuple[int, int]:
+        """`(groups, chunk)` per device for a cohort whose clients move `client_bytes` each: of the chunks that are allowed
+        and not below half the largest, the one with the least padding.
 
         >>> Layout(chunk=64).groups(100), Layout(chunk=1).groups(5)
         ((2, 50), (5, 1))
         """
         per_device = -(-clients // self.devices)
-        chunk = self.chunk or (1 if jax.default_backend() == "cpu" else per_device)
-        groups = -(-per_device // chunk)
-        return groups, -(-per_device // groups)
+        on_cpu = jax.default_backend() == "cpu"
+        most = self.chunk or (max(1, CACHE_BYTES // client_bytes) if on_cpu else per_device)
+        most = min(most, per_device)
+        chunk = min(range(most, most // 2, -1), key=lambda c: -(-per_device // c) * c)
+        return -(-per_device // chunk), chunk
 
     def sharding(self, *spec: str | None) -> NamedSharding | None:
         """The sharding of an array: `sharding("clients")` splits the first axis, `sharding()` replicates."""
@@ -104,14 +109,17 @@ def map_clients(
     """
     layout = layout or Layout()
     clients = jax.tree.leaves(stacked)[0].shape[0]
-    groups, chunk = layout.groups(clients)
+    one = jax.eval_shape(lambda s: jax.tree.map(lambda x: jnp.asarray(x)[0], s), stacked)
+    out_shape, summand_shape = jax.eval_shape(fn, *one, *shared)
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, out_shape, summand_shape)))
+    groups, chunk = layout.groups(clients, max(moved, 1))
     size = groups * chunk * layout.devices
     # padding repeats the last client: its result is cut off and its summand is not added
     rows = jnp.minimum(jnp.arange(size), clients - 1)
     padded = stacked if size == clients else jax.tree.map(lambda x: jnp.asarray(x)[rows], stacked)
     valid = jnp.arange(size) < clients
 
-    run = functools.partial(_map_on_device, fn, groups, chunk)
+    run = functools.partial(_map_on_device, fn, groups, chunk, summand_shape)
     if layout.mesh is not None:
         on_device, split, whole = run, PartitionSpec(AXIS), PartitionSpec()
 
@@ -130,7 +138,7 @@ def map_clients(
     return (out if size == clients else jax.tree.map(lambda x: x[:clients], out)), total
 
 
-def _map_on_device(fn, groups: int, chunk: int, stacked, valid, shared):
+def _map_on_device(fn, groups: int, chunk: int, summand_shape, stacked, valid, shared):
     def one(args, valid):
         out, summand = fn(*args, *shared)
         return out, jax.tree.map(lambda x: jnp.where(valid, x, jnp.zeros_like(x)), summand)
@@ -143,9 +151,7 @@ def _map_on_device(fn, groups: int, chunk: int, stacked, valid, shared):
         return jax.tree.map(lambda t, s: t + s.sum(axis=0), total, summands), out
 
     xs = jax.tree.map(lambda x: jnp.asarray(x).reshape(groups, chunk, *x.shape[1:]), (stacked, valid))
-    first = jax.tree.map(lambda x: x[0, 0], xs)
-    _, summand = jax.eval_shape(one, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summand)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summand_shape)
     total, out = jax.lax.scan(group, zeros, xs)
     return jax.tree.map(lambda x: x.reshape(groups * chunk, *x.shape[2:]), out), total
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from fedkd_jax.metrics import client_mean, example_mean
 from fedkd_jax.types import History
@@ -196,8 +197,9 @@ def accuracy_plot(
     right.set(xlabel="megabytes sent and received per client")
     if len(right.lines) > len(silent):
         right.set_xscale("log")
+        right.xaxis.set_major_formatter(ScalarFormatter())
     if silent:
-        right.set_title(f"horizontal: {', '.join(silent)} (nothing sent)", fontsize=8)
+        right.set_title(f"nothing sent (horizontal lines): {', '.join(silent)}", fontsize=8)
     left.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -61,9 +61,8 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
     ):
         return experiment, options
 
-    experiment, chosen = tyro.cli(
-        options, args=argv, prog=f"python -m sims.{program} CONFIG", config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    )
+    flags = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    experiment, chosen = tyro.cli(options, args=argv, prog=f"python -m sims.{program} CONFIG", config=flags)
     validate(experiment)
     if chosen.method is not None and chosen.method not in experiment.methods:
         raise ValueError(f"method is {chosen.method!r}; allowed: {', '.join(experiment.methods)}")
@@ -109,8 +108,12 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     cohort = config.cohort or len(clients.parts)
     devices = hardware.choose_devices(options.devices, cohort)
     mesh = client_mesh(devices) if devices > 1 else None
+    if options.chunk == "auto":
+        # under vmap all clients of a chunk take as many steps as the largest of them
+        ragged = clients.train.count.max() > 2 * clients.train.count.mean()
+        return Layout(mesh=mesh, chunk=1 if ragged and jax.default_backend() == "cpu" else None)
     if options.chunk != "measure":
-        return Layout(mesh=mesh, chunk=None if options.chunk == "auto" else int(options.chunk))
+        return Layout(mesh=mesh, chunk=int(options.chunk))
     per_device = -(-cohort // devices)
     sizes = sorted({1, min(8, per_device), per_device})
     method = config.methods[options.method or next(iter(config.methods))]

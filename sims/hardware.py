@@ -68,7 +68,11 @@ def describe(layout, cohort: int) -> str:
     """
     import jax
 
-    groups, chunk = layout.groups(cohort)
-    each = "one client at a time" if chunk == 1 else f"{chunk} clients at a time under vmap"
-    what = f"{jax.default_backend()}: {layout.devices} device(s) (--devices), {each} on each, {groups} times (--chunk)"
+    backend = jax.default_backend()
+    if layout.chunk is None:
+        each = "as many clients at a time as fit the cache" if backend == "cpu" else "all clients at once"
+    else:
+        _, chunk = layout.groups(cohort)
+        each = "one client at a time" if chunk == 1 else f"{chunk} clients at a time under vmap"
+    what = f"{backend}: {layout.devices} device(s) (--devices), {each} on each (--chunk)"
     return f"{what}; " + ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)

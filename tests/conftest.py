@@ -4,9 +4,9 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # batched LAPACK oversubscribes otherwise, see FACTS
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -26,7 +26,9 @@ def ce(logits, labels, mask):
 
 
 def kl(p, q, mask):
-    rows = [(softmax(p[i]) * (log_softmax(p[i]) - log_softmax(q[i]))).sum() for i in np.ndindex(p.shape[:-1]) if mask[i]]
+    rows = [
+        (softmax(p[i]) * (log_softmax(p[i]) - log_softmax(q[i]))).sum() for i in np.ndindex(p.shape[:-1]) if mask[i]
+    ]
     return np.sum(rows) / max(len(rows), 1)
 
 
@@ -85,7 +87,7 @@ def to64(tree):
 
 
 def forward(params, x):
-    x, hidden, depth = x.reshape(len(x), -1), [], len(params)
+    x, hidden, depth = x.reshape(len(x), int(np.prod(x.shape[1:]))), [], len(params)
     for i in range(depth - 1):
         x = np.maximum(x @ params[f"dense_{i}"]["kernel"] + params[f"dense_{i}"]["bias"], 0.0)
         hidden.append(x)
@@ -111,7 +113,9 @@ def mutual_gradients(teacher, student, projection, x, y, *, adaptive=True, disti
     """d teacher_total / d teacher, d Hid / d W_h, d student_total / d student, and the terms; derived by hand."""
     (zt, ht), (zs, hs) = forward(teacher, x), forward(student, x)
     n, all_rows = len(x), np.ones(len(x), bool)
-    terms = losses((zt, ht, ()), (zs, hs, ()), y, all_rows, projection, adaptive=adaptive, distill=distill, hidden=hidden)
+    terms = losses(
+        (zt, ht, ()), (zs, hs, ()), y, all_rows, projection, adaptive=adaptive, distill=distill, hidden=hidden
+    )
     pt, ps, onehot = softmax(zt), softmax(zs), np.eye(zt.shape[1])[y]
     task_t, task_s = (pt - onehot) / n, (ps - onehot) / n  # d L_t / d z_t, d L_s / d z_s
     weight = 1.0 / (terms["teacher_task"] + terms["student_task"]) if adaptive else 1.0
@@ -248,7 +252,9 @@ def fedkd_round(
 
 def plain_training(params, data, i, key, round, *, batch, epochs=1, steps=None, rate):
     """One client's SGD on its task loss: what FedAvg's clients and local training do."""
-    rows = batches(key, round, i, int(data.start[i]), int(data.count[i]), data.max_count, batch=batch, epochs=epochs, steps=steps)
+    rows = batches(
+        key, round, i, int(data.start[i]), int(data.count[i]), data.max_count, batch=batch, epochs=epochs, steps=steps
+    )
     seen = []
     for picked in rows:
         x, y = np.asarray(data.inputs, np.float64)[picked], np.asarray(data.labels)[picked]

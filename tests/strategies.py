@@ -52,7 +52,8 @@ def outputs(draw, widths, leading=(BATCH,), heads=0):
         raw = rng.uniform(size=(len(widths), leading[0], heads, leading[1], leading[1])).astype(np.float32)
         attention = tuple(raw / raw.sum(-1, keepdims=True))
     return Outputs(
-        logits=draw(floats((*leading, CLASSES))),
+        # within 2, or L_t + L_s could be so small that 1 / (L_t + L_s) is mostly float32's rounding
+        logits=draw(floats((*leading, CLASSES), 2.0)),
         hidden=tuple(rng.normal(size=(*leading, width)).astype(np.float32) for width in widths),
         attention=attention,
     )
@@ -141,7 +142,10 @@ COUNTS = (7, 3, 6, 1, 5)  # five clients
 
 def small_fedkd(layout=None, **options):
     codec = svd_codec(energy_threshold(0.6, 0.9, 4))
-    options = dict(teacher_optimizer=optax.adam(0.05), student_optimizer=optax.sgd(0.2), uplink=codec, downlink=codec) | options
+    options = (
+        dict(teacher_optimizer=optax.adam(0.05), student_optimizer=optax.sgd(0.2), uplink=codec, downlink=codec)
+        | options
+    )
     teacher, student, example = mlp((FEATURES, 8, TARGETS)), mlp((FEATURES, 10, TARGETS)), jnp.ones((1, FEATURES))
     return fedkd(teacher, student, example=example, batch=4, layout=layout, **options)
 
@@ -152,7 +156,7 @@ ALGORITHMS = {
         layout, message="gradient", steps=1, teacher_optimizer=optax.sgd(0.2)
     ),
     "fedkd, optimiser kept": lambda layout=None: small_fedkd(
-        layout, student_optimizer=optax.adam(0.05), reset_student_optimizer=False
+        layout, student_optimizer=optax.adam(0.05), reset_student_optimizer=False, uplink=None, downlink=None
     ),
     "fedavg": lambda layout=None: fedavg(
         mlp((FEATURES, 10, TARGETS)), optimizer=optax.adam(0.05), batch=4, uplink=svd_codec(0.8), layout=layout

@@ -40,7 +40,9 @@ class Means(chex.TestCase):
         mean = self.variant(lambda u, w: weighted_mean(summed(u, w)))
         broken = updates.copy()
         broken[i] = poison
-        chex.assert_trees_all_equal(mean(broken, weights), mean(np.where(np.arange(K)[:, None] == i, 0, updates), weights))
+        chex.assert_trees_all_equal(
+            mean(broken, weights), mean(np.where(np.arange(K)[:, None] == i, 0, updates), weights)
+        )
 
 
 @given(values, weights, st.permutations(range(K)))

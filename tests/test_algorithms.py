@@ -56,7 +56,7 @@ def setting(name):
 
 
 def play(name, ids=IDS, seed=0, rounds=1, key=KEY):
-    algorithm, run, server, clients = setting(name)
+    _algorithm, run, server, clients = setting(name)
     data, info = strategies.small_data(seed), None
     for _ in range(rounds):
         server, own, info = run(server, take(clients, ids), take_clients(data, ids), ids, key)
@@ -192,7 +192,7 @@ def test_fedavg_equals_numpy(work):
     server, expected = state.server, reference.to64(state.server.params)
     for t in range(2):
         ids = np.roll(IDS, t)
-        server, clients, info = run(server, ClientState(), take_clients(data, ids), ids, KEY)
+        server, _clients, info = run(server, ClientState(), take_clients(data, ids), ids, KEY)
         trained = [reference.plain_training(expected, data, int(i), KEY, t, batch=4, rate=0.3, **work) for i in ids]
         mean = reference.weighted_average([p for p, _ in trained], [COUNTS[i] for i in ids])
         expected = jax.tree.map(lambda old, new: old + 0.5 * (new - old), expected, mean)
@@ -218,7 +218,9 @@ def test_local_training_equals_numpy_and_costs_nothing():
             expected[i], loss = reference.plain_training(expected[i], data, int(i), KEY, t, batch=4, epochs=2, rate=0.3)
             np.testing.assert_allclose(info.terms.teacher_total[k], loss, rtol=1e-4)
         for i in range(5):
-            chex.assert_trees_all_close(one(clients.teacher, i), jax.tree.map(np.float32, expected[i]), rtol=1e-3, atol=1e-5)
+            chex.assert_trees_all_close(
+                one(clients.teacher, i), jax.tree.map(np.float32, expected[i]), rtol=1e-3, atol=1e-5
+            )
         for cost in (info.uplink_bytes, info.downlink_bytes, info.uplink_floats, info.downlink_floats):
             assert cost.tolist() == [0, 0, 0]
 
@@ -240,14 +242,16 @@ def test_centralised_training_equals_numpy_on_the_pooled_examples():
                 z, hidden = reference.forward(expected, x)
                 losses.append(reference.ce(z, y, np.ones(len(y), bool)))
                 d_z = (reference.softmax(z) - np.eye(TARGETS)[y]) / len(y)
-                expected = reference.sgd(expected, reference.backward(expected, x, hidden, d_z, [0.0 * h for h in hidden]), 0.3)
+                expected = reference.sgd(
+                    expected, reference.backward(expected, x, hidden, d_z, [0.0 * h for h in hidden]), 0.3
+                )
         chex.assert_trees_all_close(server.params, jax.tree.map(np.float32, expected), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(info.terms.teacher_task, [np.mean(losses)] * 3, rtol=1e-4)
         assert info.uplink_bytes.tolist() == info.downlink_floats.tolist() == [0, 0, 0]
 
 
 def test_a_centralised_round_that_is_not_finite_changes_nothing():
-    algorithm, run, server, clients = setting("centralised")
+    _algorithm, run, server, clients = setting("centralised")
     data = strategies.small_data()
     data.inputs[data.start[0]] = np.inf
     after, _, info = run(server, take(clients, IDS), take_clients(data, IDS), IDS, KEY)
@@ -281,7 +285,9 @@ def test_each_model_moves_by_its_own_total_only(seed, mask):
     params = [initialise(width)(jax.random.key(seed)) for width in (8, 10)]
     projection = (jnp.asarray(rng.normal(size=(10, 8)).astype(np.float32)),)
     batch = Batch(
-        inputs=rng.normal(size=(4, FEATURES)).astype(np.float32), labels=rng.integers(0, TARGETS, 4).astype(np.int32), mask=mask
+        inputs=rng.normal(size=(4, FEATURES)).astype(np.float32),
+        labels=rng.integers(0, TARGETS, 4).astype(np.int32),
+        mask=mask,
     )
     got, expected = step_and_gradients()((params[0], projection, params[1]), batch)
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
@@ -304,7 +310,11 @@ def step_and_gradients():
     def run(params, batch):
         t, w, s = params
         got = mutual_step(
-            lambda p: teacher.apply(p, batch.inputs), lambda p: student.apply(p, batch.inputs), mutual_distillation, params, batch
+            lambda p: teacher.apply(p, batch.inputs),
+            lambda p: student.apply(p, batch.inputs),
+            mutual_distillation,
+            params,
+            batch,
         )
         grads = (
             jax.grad(lambda p: terms(p, w, s, batch).teacher_total)(t),
@@ -325,13 +335,11 @@ def test_the_projection_is_glorot_uniform_and_follows_the_layer_map():
     assert init_projection(mlp((4, 2)), mlp((4, 2)), jnp.ones((1, 4)), KEY) == ()
 
 
-def test_the_optimiser_that_is_kept_makes_a_difference_only_from_the_second_round_on():
-    options = dict(student_optimizer=optax.adam(0.05), uplink=None, downlink=None)
+def test_an_optimiser_that_is_kept_makes_a_difference_only_from_the_second_round_on():
     ids, data, after = np.arange(5), strategies.small_data(), {}
     for reset in (True, False):
-        algorithm = strategies.small_fedkd(reset_student_optimizer=reset, **options)
-        state, run = init_state(algorithm, 5, KEY), jax.jit(algorithm.round)
-        server, clients = state.server, state.clients
+        algorithm = fedavg(mlp((FEATURES, TARGETS)), optimizer=optax.adam(0.05), batch=4, reset_optimizer=reset)
+        run, server, clients = jax.jit(algorithm.round), algorithm.init_server(KEY), algorithm.init_clients(KEY, ids)
         assert (clients.student_opt == ()) is reset
         after[reset] = []
         for _ in range(2):

@@ -28,7 +28,9 @@ def updates(draw):
         if len(shape) >= 2:
             m, n = int(np.prod(shape[:-1])), shape[-1]
             rank, noise = draw(st.integers(0, min(m, n))), draw(st.sampled_from([0.0, 1e-3, 1.0]))
-            x = ((rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))) + noise * rng.normal(size=(m, n))).reshape(shape)
+            x = ((rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))) + noise * rng.normal(size=(m, n))).reshape(
+                shape
+            )
         out[name] = np.asarray(x * 10.0 ** draw(st.integers(-6, 3)), np.float32)
     return {"model": out}
 
@@ -54,7 +56,9 @@ thresholds = st.integers(40, 99)
 
 def send(update, hundredths):
     """The oracle, for draws whose ranks float32 can decide."""
-    arrived, cost = reference.send(jax.tree.map(lambda x: x.astype(np.float64), update), np.float32(hundredths) / np.float32(100))
+    arrived, cost = reference.send(
+        jax.tree.map(lambda x: x.astype(np.float64), update), np.float32(hundredths) / np.float32(100)
+    )
     assume(cost["margin"] > 1e-5)
     return arrived, cost
 
@@ -67,7 +71,9 @@ def test_what_arrives_and_what_it_costs_equals_numpy(method, update, hundredths)
     assert int(payload_floats(payload)) == cost["floats"]
     assert int(payload_bytes(payload)) == cost["bytes"]
     full = {"model/conv": 8, "model/dense": 20, "model/head": 3}
-    assert {k: int(v) for k, v in payload.ranks.items()} == {k: full[k] if v is None else v for k, v in cost["ranks"].items()}
+    assert {k: int(v) for k, v in payload.ranks.items()} == {
+        k: full[k] if v is None else v for k, v in cost["ranks"].items()
+    }
     for name, x in update["model"].items():
         y, expected = np.asarray(decoded["model"][name]), arrived["model"][name]
         assert y.shape == x.shape
@@ -79,7 +85,9 @@ def test_what_arrives_and_what_it_costs_equals_numpy(method, update, hundredths)
             distance = np.sum((x - y.astype(np.float64)) ** 2)
             assert distance <= (1 - hundredths / 100) * energy
             # equal singular values may be cut either way, so compare how far the two are from x
-            np.testing.assert_allclose(distance / max(energy, 1e-30), np.sum((x - expected) ** 2) / max(energy, 1e-30), atol=1e-5)
+            np.testing.assert_allclose(
+                distance / max(energy, 1e-30), np.sum((x - expected) ** 2) / max(energy, 1e-30), atol=1e-5
+            )
 
 
 @given(updates(), thresholds)

@@ -10,7 +10,7 @@ import reference
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FEATURES, one
+from strategies import one
 
 from fedkd_jax import Layout, State, accuracy, client_mesh, evaluate
 from fedkd_jax.metrics import client_mean, example_mean
@@ -59,7 +59,9 @@ def test_own_metrics_are_taken():
     share = lambda logits, labels, mask: ((labels == 0) & mask).sum() / jnp.maximum(mask.sum(), 1)  # noqa: E731
     data = strategies.small_data(2, COUNTS)
     result = evaluate(algorithm, state, data, metrics={"zeros": share}, batch=4)["student"]
-    counts = [np.mean(data.labels[s : s + c] == 0) if c else np.nan for s, c in zip(data.start, data.count, strict=True)]
+    counts = [
+        np.mean(data.labels[s : s + c] == 0) if c else np.nan for s, c in zip(data.start, data.count, strict=True)
+    ]
     assert set(result) == {"zeros"}
     np.testing.assert_allclose(result["zeros"], counts, rtol=1e-5)
 

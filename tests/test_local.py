@@ -37,12 +37,19 @@ def one_client(start, count):
 def count_visits(visits, batch, key):
     """Adds one to every row the batch holds; the terms tell how many rows that were, and that inputs match labels."""
     same = jnp.where(batch.mask, batch.inputs["x"][:, 0] == batch.labels, True).all()
-    return visits.at[batch.labels].add(batch.mask), {"rows": batch.mask.sum().astype(jnp.float32), "same": same.astype(jnp.float32)}
+    return visits.at[batch.labels].add(batch.mask), {
+        "rows": batch.mask.sum().astype(jnp.float32),
+        "same": same.astype(jnp.float32),
+    }
 
 
 @functools.cache
 def visitor(**options):
-    return jax.jit(lambda start, count, key: local_steps(count_visits, jnp.zeros(N, jnp.int32), one_client(start, count), key, **options))
+    return jax.jit(
+        lambda start, count, key: local_steps(
+            count_visits, jnp.zeros(N, jnp.int32), one_client(start, count), key, **options
+        )
+    )
 
 
 @pytest.mark.parametrize(("batch", "epochs"), [(1, 1), (3, 1), (3, 2), (7, 2), (9, 1)])
@@ -53,7 +60,9 @@ def test_an_epoch_visits_every_example_once(batch, epochs, start, count, seed):
     expected[start : start + count] = epochs
     np.testing.assert_array_equal(visits, expected)
     steps = -(-count // batch)
-    np.testing.assert_allclose(terms["rows"], count / steps if count else 0.0, rtol=1e-6)  # the mean over real steps only
+    np.testing.assert_allclose(
+        terms["rows"], count / steps if count else 0.0, rtol=1e-6
+    )  # the mean over real steps only
     np.testing.assert_allclose(terms["same"], float(count > 0), rtol=1e-6)
 
 
@@ -130,7 +139,9 @@ class Training(chex.TestCase):
         params = model.init(KEY)
 
         def train(start, count):
-            own = FederatedData(inputs=data.inputs, labels=data.labels, start=start, count=count, max_count=data.max_count)
+            own = FederatedData(
+                inputs=data.inputs, labels=data.labels, start=start, count=count, max_count=data.max_count
+            )
             step = lambda carry, b, key: task_step(model, optimizer, cross_entropy, {}, carry, b, key)  # noqa: E731
             (new, _), loss = local_steps(step, (params, optimizer.init(params)), own, KEY, batch=3, epochs=2)
             return new, loss

@@ -40,7 +40,11 @@ def gradients(**flags):
     def total(name, teacher, student, labels, mask, projection):
         return getattr(mutual_distillation(teacher, student, labels, mask, projection, **flags), name)
 
-    return jax.jit(lambda *args: [jax.grad(functools.partial(total, n), (0, 1, 4))(*args) for n in ("teacher_total", "student_total")])
+    return jax.jit(
+        lambda *args: [
+            jax.grad(functools.partial(total, n), (0, 1, 4))(*args) for n in ("teacher_total", "student_total")
+        ]
+    )
 
 
 def close(a, b, rtol=2e-4, atol=2e-5):
@@ -133,20 +137,22 @@ def test_gradients_equal_central_differences(name, args, seed):
             g = grads[total][part]
             g = g if part == 2 else (g.logits, g.hidden)
             slope = sum(jax.tree.leaves(jax.tree.map(lambda a, b: np.vdot(np.asarray(a, np.float64), b), g, direction)))
-            np.testing.assert_allclose(slope, difference[total], rtol=5e-3, atol=2e-3 * (1 + np.abs(difference).max()) / 10)
+            np.testing.assert_allclose(
+                slope, difference[total], rtol=5e-3, atol=2e-3 * (1 + np.abs(difference).max()) / 10
+            )
 
 
 @given(strategies.distillation(any_mask=False))
 def test_the_weight_is_differentiated_unless_it_is_stopped(args):
     """Stopped minus full gradient of the teacher's total is d(1/(L_t+L_s)): (KL + MSE) / (L_t + L_s)^2 times dL_t."""
-    teacher, student, y, mask, projection = args
+    teacher, _student, y, mask, _projection = args
     full, stopped = gradients()(*args)[0][0], gradients(stop_weight_gradient=True)(*args)[0][0]
     terms = oracle(args)
     weight = 1 / (terms["teacher_task"] + terms["student_task"])
     task = jax.grad(lambda z: cross_entropy(z, y, mask))(jnp.asarray(teacher.logits))
     expected = weight * (terms["teacher_distill"] + terms["hidden"]) * np.asarray(task, np.float64)
     scale = np.abs(stopped.logits).max() + np.abs(expected).max() + 1
-    np.testing.assert_allclose(np.asarray(stopped.logits - full.logits) / scale, expected / scale, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(stopped.logits - full.logits) / scale, expected / scale, atol=5e-5)
 
 
 # ---- masks and order ---------------------------------------------------------------------------------------------------
@@ -200,7 +206,7 @@ def test_the_order_of_a_batch_changes_nothing(args, order):
 
 @given(strategies.distillation(any_mask=False))
 def test_totals_are_the_sums_and_the_two_models_are_symmetric(args):
-    teacher, student, y, mask, projection = args
+    teacher, student, y, mask, _projection = args
     terms = jitted()(*args)
     close(terms.teacher_total, terms.teacher_task + terms.teacher_distill + terms.hidden, rtol=1e-6)
     close(terms.student_total, terms.student_task + terms.student_distill + terms.hidden, rtol=1e-6)
@@ -271,7 +277,10 @@ def test_shapes_that_do_not_fit_are_told_apart():
         (r"mask has shape \(3,\)", lambda: mutual_distillation(wide, wide, y, jnp.ones(3, bool))),
         (r"hidden of student layer 0 has shape \(4, 4\).*\(4, 5\); allowed", lambda: hidden_loss(wide, narrow, mask)),
         (r"projection has 2 matrices; allowed: .*1", lambda: hidden_loss(wide, narrow, mask, (jnp.zeros((4, 5)),) * 2)),
-        (r"projection\[0\] has shape \(5, 4\); allowed.*\(4, 5\)", lambda: hidden_loss(wide, narrow, mask, (jnp.zeros((5, 4)),))),
+        (
+            r"projection\[0\] has shape \(5, 4\); allowed.*\(4, 5\)",
+            lambda: hidden_loss(wide, narrow, mask, (jnp.zeros((5, 4)),)),
+        ),
         (r"student_layers is 2; allowed: .*1", lambda: hidden_loss(wide, deep, mask)),
         (r"attention of student layer 0 has shape .*allowed", lambda: hidden_loss(*heads, mask)),
     ]:

@@ -45,7 +45,9 @@ class Layers(chex.TestCase):
         params = model.init(jax.random.key(seed))
         out = self.variant(model.apply)(params, x)
         logits, hidden = reference.forward(reference.to64(params), x.astype(np.float64))
-        chex.assert_trees_all_close((out.logits, list(out.hidden)), jax.tree.map(np.float32, (logits, hidden)), rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(
+            (out.logits, list(out.hidden)), jax.tree.map(np.float32, (logits, hidden)), rtol=1e-4, atol=1e-4
+        )
 
 
 @given(strategies.seeds)
@@ -90,7 +92,9 @@ def test_the_cnn_is_convolution_pooling_relu_and_dense(seed):
     out, hidden = jax.jit(model.apply)(params, x), []
     for i in range(2):
         x = jax.nn.relu(lax_conv(x, params[f"conv_{i}"]["kernel"]) + params[f"conv_{i}"]["bias"].reshape(1, 1, 1, -1))
-        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")  # relu first: no matter
+        x = jax.lax.reduce_window(
+            x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        )  # relu first: no matter
         hidden.append(x)
     x = x.reshape(2, -1)
     hidden.append(jax.nn.relu(x @ params["dense_0"]["kernel"] + params["dense_0"]["bias"].reshape(1, -1)))
@@ -125,7 +129,9 @@ class CalledDropout(nnx.Module):
         return self.dropout(self.linear(x), deterministic=rngs is None, rngs=rngs)
 
 
-@pytest.mark.parametrize(("module", "variable"), [(Norm, "norm/mean is a BatchStat"), (StoredDropout, "dropout/rngs/count is a RngCount")])
+@pytest.mark.parametrize(
+    ("module", "variable"), [(Norm, "norm/mean is a BatchStat"), (StoredDropout, "dropout/rngs/count is a RngCount")]
+)
 def test_modules_that_hold_more_than_parameters_are_refused(module, variable):
     with pytest.raises(TypeError, match=rf"{variable}; allowed: nnx.Param only"):
         from_nnx(module)
@@ -135,7 +141,9 @@ def test_dropout_follows_the_key_of_the_call_and_rests_without():
     model = from_nnx(CalledDropout)
     params, x, apply = model.init(KEY), jnp.ones((3, 4)), jax.jit(model.apply)
     rest = apply(params, x).logits
-    np.testing.assert_allclose(rest, x @ params["linear"]["kernel"] + params["linear"]["bias"].reshape(1, -1), rtol=1e-5)
+    np.testing.assert_allclose(
+        rest, x @ params["linear"]["kernel"] + params["linear"]["bias"].reshape(1, -1), rtol=1e-5
+    )
     one, again, other = (apply(params, x, key=jax.random.key(i)).logits for i in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
@@ -147,7 +155,11 @@ def test_dropout_follows_the_key_of_the_call_and_rests_without():
 def test_parameters_of_another_structure_are_refused():
     model = from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
     params = model.init(KEY)
-    for bad in ({"kernel": params["kernel"]}, {**params, "more": params["bias"]}, {"k": params["kernel"], "bias": params["bias"]}):
+    for bad in (
+        {"kernel": params["kernel"]},
+        {**params, "more": params["bias"]},
+        {"k": params["kernel"], "bias": params["bias"]},
+    ):
         with pytest.raises(ValueError, match=r"params have the structure .*; allowed: "):
             model.apply(bad, jnp.ones((2, 4)))
 
@@ -178,5 +190,7 @@ def test_errors_name_the_argument_its_value_and_what_is_allowed():
     for widths in ((4,), (4, 0)):
         with pytest.raises(ValueError, match=r"widths is \(4,.*; allowed: two or more positive integers"):
             mlp(widths)
-    with pytest.raises(ValueError, match=r"channels has 3 layers; allowed: as many as an image of \(8, 8, 1\) leaves pixels for"):
+    with pytest.raises(
+        ValueError, match=r"channels has 3 layers; allowed: as many as an image of \(8, 8, 1\) leaves pixels for"
+    ):
         cnn((8, 8, 1), (2, 2, 2), (4,), 3)

@@ -44,7 +44,9 @@ def loop(own, steps):
 
 @st.composite
 def cohorts(draw, clients=5):
-    return {"w": draw(strategies.floats((clients, 4), 2.0))}, np.array(draw(st.lists(st.integers(0, 4), min_size=clients, max_size=clients)))
+    return {"w": draw(strategies.floats((clients, 4), 2.0))}, np.array(
+        draw(st.lists(st.integers(0, 4), min_size=clients, max_size=clients))
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64, None])
@@ -113,7 +115,14 @@ def test_groups_hold_everybody_with_little_padding(clients, chunk):
     assert 1 <= size <= chunk
     assert groups * size >= clients
     assert groups * size - clients < groups  # fewer surplus rows than groups
-    assert groups == -(-clients // chunk)
+    assert size > min(chunk, clients) // 2
+    assert groups * size <= -(-clients // chunk) * chunk
+
+
+@given(st.integers(1, 300), st.integers(1, 2**22))
+def test_on_a_cpu_a_chunk_fits_the_cache(clients, client_bytes):
+    _, size = Layout().groups(clients, client_bytes)
+    assert size == 1 or size * client_bytes <= 2**18
 
 
 def test_where_things_lie(eight_devices):

@@ -54,8 +54,9 @@ def test_every_config_runs_two_rounds(path, tmp_path, capsys):
 
 
 def test_run_writes_metrics_and_events(tmp_path):
-    folder = run.main([str(ROOT / "configs" / "digits.yaml"), "--method", "FedKD", *small(ROOT / "configs" / "digits.yaml")]
-                      + ["--devices", "1", "--out", str(tmp_path / "out")])  # fmt: skip
+    path = ROOT / "configs" / "digits.yaml"
+    where = ["--devices", "1", "--out", str(tmp_path / "out")]
+    folder = run.main([str(path), "--method", "FedKD", *small(path), *where])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]
     assert 0 <= lines[-1]["teacher/accuracy"] <= 1
@@ -68,7 +69,8 @@ def test_devices_and_chunks_give_the_same_numbers(tmp_path):
     """`--devices 8` on forced host devices, and any `--chunk`, are one device to rounding."""
     path, ends = str(ROOT / "configs" / "digits.yaml"), []
     for i, flags in enumerate((["--devices", "1"], ["--devices", "8"], ["--devices", "1", "--chunk", "3"])):
-        out = run.main([path, "--method", "FedKD", "--rounds", "3", "--eval-every", "3", *flags, "--out", str(tmp_path / str(i))])
+        short = ["--method", "FedKD", "--rounds", "3", "--eval-every", "3", "--out", str(tmp_path / str(i))]
+        out = run.main([path, *short, *flags])
         ends.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
     for other in ends[1:]:
         assert other == pytest.approx(ends[0], rel=1e-3)
@@ -77,7 +79,13 @@ def test_devices_and_chunks_give_the_same_numbers(tmp_path):
 def run_program(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", *argv],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -112,7 +120,9 @@ def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch):
 
 
 def test_measured_chunk_is_one_of_the_candidates(tmp_path):
-    config, options = common.parse("run", [str(ROOT / "configs" / "digits.yaml"), "--chunk", "measure", "--devices", "1"])
+    config, options = common.parse(
+        "run", [str(ROOT / "configs" / "digits.yaml"), "--chunk", "measure", "--devices", "1"]
+    )
     layout = common.choose_layout(config, options, common_data(config))
     assert layout.chunk in (1, 8, 20)
 
@@ -132,7 +142,15 @@ def test_bad_chunk_is_told(chunk):
 def test_table_says_mean_std_and_ratio():
     def seeds(*accuracies, sent):
         return [
-            [{"round": 1, "m/accuracy": a, "m/accuracy_per_client": a, "bytes_per_client": sent, "floats_per_client": 1.0}]
+            [
+                {
+                    "round": 1,
+                    "m/accuracy": a,
+                    "m/accuracy_per_client": a,
+                    "bytes_per_client": sent,
+                    "floats_per_client": 1.0,
+                }
+            ]
             for a in accuracies
         ]
 

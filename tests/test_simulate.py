@@ -75,14 +75,16 @@ def test_a_run_is_a_python_loop_of_rounds():
     assert int(final.server.round) == 10
 
 
-def test_clients_that_never_took_part_are_untouched():
-    state, history = simulate(algorithm(), 5, DATA, KEY, rounds=1, cohort=2)
-    before = init_state(algorithm(), 5, jax.random.split(KEY)[0])
+@pytest.mark.parametrize("name", ["local_only", "fedavg, optimiser kept"])
+def test_clients_that_never_took_part_are_untouched(name):
+    other = strategies.ALGORITHMS[name]()
+    state, history = simulate(other, 5, DATA, KEY, rounds=2, cohort=2)
+    before = init_state(other, 5, jax.random.split(KEY)[0])
+    assert 2 <= len(np.unique(history.rounds.ids)) < 5
     for i in range(5):
         a, b = one(state.clients, i), one(before.clients, i)
         if i in history.rounds.ids:
-            assert (a.teacher["dense_0"]["kernel"] != b.teacher["dense_0"]["kernel"]).any()
-            assert (a.projection[0] != b.projection[0]).any()
+            assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
         else:
             chex.assert_trees_all_equal(a, b)
 
@@ -100,17 +102,16 @@ def test_history_has_a_row_for_every_round_and_evaluation():
     assert ranks[:2].mean() < ranks[-2:].mean()  # T rises with the round
 
 
-@pytest.mark.parametrize(("devices", "chunk"), [(8, None), (2, 2), (None, 2)])
+@pytest.mark.parametrize(("devices", "chunk"), [(8, None), (2, 2)])
 def test_one_device_equals_many_and_chunks(eight_devices, devices, chunk):
     """Five clients over eight devices: the population is padded, two of a cohort leave six devices idle."""
     state, history = ten()
     other = algorithm(devices, chunk)
-    many, rows = simulate(other, 5, place_data(DATA, other.layout), KEY, rounds=10, cohort=2, test=TEST, eval_every=5)
+    many, rows = simulate(other, 5, place_data(DATA, other.layout), KEY, rounds=10, cohort=2, eval_every=5)
     many = State(server=many.server, clients=jax.tree.map(lambda x: np.asarray(x)[:5], many.clients))
     np.testing.assert_array_equal(rows.rounds.ids, history.rounds.ids)
     chex.assert_trees_all_close(many, state, rtol=5e-3, atol=5e-4)  # ten rounds of Adam amplify rounding
     chex.assert_trees_all_close(rows.rounds, history.rounds, rtol=5e-3, atol=5e-4)
-    chex.assert_trees_all_close(rows.evaluations, history.evaluations, rtol=5e-3, atol=5e-4)
 
 
 # ---- cadence and traces, on a cheap method -----------------------------------------------------------------------------
@@ -150,22 +151,27 @@ def cheap():
 
 
 @settings(max_examples=8)
-@given(first=st.integers(1, 4), rounds=st.integers(1, 9), every=st.sampled_from([None, 2, 5]))
+@given(first=st.integers(1, 4), rounds=st.integers(5, 9), every=st.sampled_from([2, 5]))
 def test_evaluations_come_at_multiples_and_after_the_last_round(first, rounds, every):
-    state, _ = simulate(cheap(), 5, DATA, KEY, rounds=first)
+    state, _ = simulate(cheap(), 5, DATA, KEY, rounds=first, eval_every=1)
     heard = []
-    _, history = simulate(cheap(), state, DATA, KEY, rounds=rounds, test=TEST, eval_every=every, on_evaluation=heard.append)
+    options = dict(
+        test=TEST, eval_every=every, on_evaluation=lambda h: heard.append((h.rounds.ids.shape[0], h.evaluations))
+    )
+    _, history = simulate(cheap(), state, DATA, KEY, rounds=rounds, **options)
     last = first + rounds
-    expected = [t for t in range(first + 1, last + 1) if t == last or (every and t % every == 0)]
+    expected = [t for t in range(first + 1, last + 1) if t == last or t % every == 0]
     assert [e["round"] for e in history.evaluations] == expected
-    assert [e["round"] for e in heard] == expected
+    assert [so_far for so_far, _ in heard] == [t - first for t in expected]
+    chex.assert_trees_all_equal([e[-1] for _, e in heard], list(history.evaluations))
     assert history.rounds.ids.shape == (rounds, 5)
     assert set(history.evaluations[-1]["model"]) == {"accuracy", "loss"}
 
 
-@pytest.mark.parametrize("rounds", [3])
-def test_without_test_examples_nothing_is_evaluated(rounds):
-    _, history = simulate(cheap(), 5, DATA, KEY, rounds=rounds)
+def test_without_eval_every_there_is_one_evaluation_and_without_examples_none():
+    _, history = simulate(cheap(), 5, DATA, KEY, rounds=5, test=TEST)
+    assert [e["round"] for e in history.evaluations] == [5]
+    _, history = simulate(cheap(), 5, DATA, KEY, rounds=5)
     assert history.evaluations == ()
 
 

@@ -74,7 +74,9 @@ class SvdLaws(chex.TestCase):
         back = self.variant(reconstruct)(low_rank)
         best = reference.truncate(matrix.astype(np.float64), int(low_rank.rank))
         error = np.linalg.norm(matrix - best)  # ties in the spectrum: compare the distance, not the matrix
-        np.testing.assert_allclose(np.linalg.norm(matrix - np.asarray(back)), error, rtol=1e-3, atol=1e-5 * np.abs(matrix).max())
+        np.testing.assert_allclose(
+            np.linalg.norm(matrix - np.asarray(back)), error, rtol=1e-3, atol=1e-5 * np.abs(matrix).max()
+        )
 
     @both
     @given(st.lists(st.floats(0, 10, width=32, allow_subnormal=False), min_size=6, max_size=6), strategies.thresholds)
@@ -132,7 +134,9 @@ def test_the_scale_of_a_matrix_does_not_move_its_rank(method, matrix, threshold,
     low_rank = svd(scaled, threshold, method)
     assert int(low_rank.rank) == reference.exact_rank(matrix, threshold)
     chex.assert_tree_all_finite(low_rank)
-    np.testing.assert_allclose(np.asarray(low_rank.s, np.float64) / scale, svd(matrix, threshold, method).s, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(low_rank.s, np.float64) / scale, svd(matrix, threshold, method).s, rtol=1e-3, atol=1e-5
+    )
 
 
 @each_method
@@ -177,6 +181,16 @@ def test_equal_singular_values_and_rank_one(method):
     low_rank = svd(one, 0.999, method)
     assert int(low_rank.rank) == 1
     np.testing.assert_allclose(reconstruct(low_rank), one, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e30])
+def test_the_scale_of_a_spectrum_does_not_move_its_rank(scale):
+    """Squares of these numbers leave float32."""
+    spectrum = np.array([4.0, 3.0, 2.0, 1.0, 0.5], np.float32)
+    for threshold in (0.5, 0.8, 0.95, 0.99):
+        assert int(retained_rank(spectrum * np.float32(scale), threshold)) == reference.exact_rank(
+            np.diag(spectrum), threshold
+        )
 
 
 def test_the_threshold_must_be_exceeded_not_met():
@@ -252,7 +266,13 @@ print(jax.tree.map(jnp.shape, encode(update).ranks), jax.block_until_ready(encod
     environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"} | {"JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, timeout=120, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=root,
+        env=environment,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "(2,)" in done.stdout

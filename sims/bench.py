@@ -1,0 +1,307 @@
+"""How fast a round is: `python -m sims.bench {round,layout,population,compile} [--quick] [--devices D] [--out FOLDER]`.
+
+round       client updates per second of the compiled round and of a Python loop over clients with jitted steps
+layout      cohorts of 1 to 256 on one or all devices in chunks of several sizes; what the automatic choice loses
+population  a round of 100 clients out of 1,000 and out of 20,000
+compile     seconds to trace and to compile a round
+
+Work: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5 convolutions of 32 and
+64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden loss with its
+projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation apart; figures are
+medians. "CPU ms" is processor time per client update, over all threads: it does not move when other programs run.
+
+Writes the table to the terminal and results.json into a new folder runs/bench-NAME-N.
+"""
+
+if __name__ == "__main__":
+    from sims import hardware
+
+    hardware.prepare_environment()
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedkd_jax import cnn, energy_threshold, fedavg, fedkd, mlp, mutual_distillation, simulate, svd_codec
+from fedkd_jax.algorithms.fedavg import task_step
+from fedkd_jax.algorithms.fedkd import mutual_step
+from fedkd_jax.cohort import client_key
+from fedkd_jax.local import permutation
+from fedkd_jax.losses import cross_entropy
+from fedkd_jax.parallel import Layout, client_mesh, place
+from fedkd_jax.types import Algorithm, Batch, FederatedData, ServerState
+from sims import common, hardware
+
+EXAMPLES, BATCH = 100, 10
+MODELS = {"mlp": (mlp((64, 128, 10)), (64,)), "cnn": (cnn(), (28, 28, 1))}
+SGD = optax.sgd(0.05)
+CODEC = svd_codec(energy_threshold(0.95, 0.98, rounds=100))
+
+
+def make_data(kind: str, clients: int) -> FederatedData:
+    """Random examples of the model's input shape.
+
+    >>> make_data("mlp", 3).inputs.shape
+    (300, 64)
+    """
+    rng, n = np.random.default_rng(0), clients * EXAMPLES
+    return FederatedData(
+        inputs=rng.random((n, *MODELS[kind][1]), np.float32),
+        labels=rng.integers(0, 10, n).astype(np.int32),
+        start=np.arange(clients, dtype=np.int32) * EXAMPLES,
+        count=np.full(clients, EXAMPLES, np.int32),
+        max_count=EXAMPLES,
+    )
+
+
+def make_algorithm(method: str, kind: str, layout: Layout) -> Algorithm:
+    """The method on the model of that kind.
+
+    >>> sorted(make_algorithm("FedKD", "mlp", Layout()).predict)
+    ['student', 'teacher']
+    """
+    model, shape = MODELS[kind]
+    if method == "FedAvg":
+        return fedavg(model, optimizer=SGD, batch=BATCH, layout=layout)
+    codec = CODEC if method == "FedKD" else None
+    example = np.ones((1, *shape), np.float32)
+    optimizers = {"teacher_optimizer": SGD, "student_optimizer": SGD}
+    return fedkd(model, model, example=example, batch=BATCH, uplink=codec, downlink=codec, layout=layout, **optimizers)
+
+
+def make_layout(devices: int, chunk: int | None = None) -> Layout:
+    """
+    >>> make_layout(1, 4).groups(8)
+    (2, 4)
+    """
+    return Layout(mesh=client_mesh(devices) if devices > 1 else None, chunk=chunk)
+
+
+class CompiledRound:
+    """A round of the library, compiled; each call runs one and returns the server.
+
+    >>> CompiledRound("FedAvg", "mlp", 2, Layout())().params["dense_1"]["bias"].shape
+    (10,)
+    """
+
+    def __init__(self, method: str, kind: str, cohort: int, layout: Layout):
+        algorithm, key, ids = make_algorithm(method, kind, layout), jax.random.key(0), jnp.arange(cohort)
+        split = ("clients",) if cohort % layout.devices == 0 else ()
+        self.clients = place(jax.jit(algorithm.init_clients)(key, ids), layout, *split)
+        self.server = place(algorithm.init_server(key), layout)
+        self.rest = place((make_data(kind, cohort), ids, key), layout)
+        start = time.perf_counter()
+        lowered = jax.jit(algorithm.round, donate_argnums=(0, 1)).lower(self.server, self.clients, *self.rest)
+        traced = time.perf_counter()
+        self.run = lowered.compile()
+        self.seconds = {"trace": traced - start, "compile": time.perf_counter() - traced}
+
+    def __call__(self) -> ServerState:
+        self.server, self.clients, _ = jax.block_until_ready(self.run(self.server, self.clients, *self.rest))
+        return self.server
+
+
+class PythonLoop:
+    """The same mathematics as a Python loop over clients and batches, every step and every codec call compiled.
+
+    >>> loop, compiled = PythonLoop("FedKD", "mlp", 2)(), CompiledRound("FedKD", "mlp", 2, Layout())()
+    >>> [bool(jnp.allclose(a, b, atol=1e-5)) for a, b in zip(*map(jax.tree.leaves, (loop.params, compiled.params)))]
+    [True, True, True, True]
+    """
+
+    def __init__(self, method: str, kind: str, cohort: int):
+        algorithm, self.key = make_algorithm(method, kind, Layout()), jax.random.key(0)
+        self.server, self.data, self.distils = (
+            algorithm.init_server(self.key),
+            make_data(kind, cohort),
+            method != "FedAvg",
+        )
+        stacked = algorithm.init_clients(self.key, jnp.arange(cohort))
+        self.clients = [
+            (c.teacher, c.projection) for c in (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cohort))
+        ]
+        model, _ = MODELS[kind]
+
+        def step(params, batch):
+            if not self.distils:
+                (params, _), _ = task_step(model, SGD, cross_entropy, {}, (params, SGD.init(params)), batch, self.key)
+                return params
+            apply = lambda p: model.apply(p, batch.inputs)  # noqa: E731
+            gradients, _ = mutual_step(apply, apply, mutual_distillation, params, batch)
+            return optax.apply_updates(params, SGD.update(gradients, SGD.init(params), params)[0])
+
+        def order(round, i):
+            local_key, _ = jax.random.split(client_key(self.key, round, i))
+            return permutation(jax.random.fold_in(jax.random.split(local_key)[0], 0), EXAMPLES, EXAMPLES)
+
+        def through_codec(update, round):
+            return CODEC.decode(CODEC.encode(update, round, self.key)) if method == "FedKD" else update
+
+        self.step, self.order, self.through_codec = jax.jit(step), jax.jit(order), jax.jit(through_codec)
+        self.add, self.subtract = (jax.jit(lambda a, b, f=f: jax.tree.map(f, a, b)) for f in (jnp.add, jnp.subtract))
+
+    def __call__(self) -> ServerState:
+        old, round, total = self.server.params, self.server.round, None
+        for i, private in enumerate(self.clients):
+            rows = self.data.start[i] + np.asarray(self.order(round, i))
+            params = (*private, old) if self.distils else old
+            for batch in np.split(rows, EXAMPLES // BATCH):
+                mini = Batch(inputs=self.data.inputs[batch], labels=self.data.labels[batch], mask=np.ones(BATCH, bool))
+                params = self.step(params, mini)
+            if self.distils:
+                *self.clients[i], params = params
+            sent = self.through_codec(self.subtract(params, old), round)
+            total = sent if total is None else self.add(total, sent)
+        mean = jax.tree.map(lambda x: x / len(self.clients), total)
+        params = self.add(old, self.through_codec(mean, round))
+        self.server = jax.block_until_ready(dataclasses.replace(self.server, params=params, round=round + 1))
+        return self.server
+
+
+def interleave(programs: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
+    """Median wall and processor seconds of each program, run in turns after one call to warm up.
+
+    >>> sorted(interleave({"nothing": lambda: None}, 3)["nothing"])
+    ['cpu', 'wall']
+    """
+    for program in programs.values():
+        program()
+    times = {name: {"wall": [], "cpu": []} for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            program()
+            times[name]["wall"].append(time.perf_counter() - wall)
+            times[name]["cpu"].append(time.process_time() - cpu)
+    return {name: {clock: statistics.median(t) for clock, t in both.items()} for name, both in times.items()}
+
+
+def row(method: str, clients: int, name: str, times: dict[str, float], more: dict) -> dict:
+    """
+    >>> row("FedAvg mlp", 10, "loop", {"wall": 0.5, "cpu": 0.1}, {})["updates/s"]
+    20.0
+    """
+    rate, cpu = clients / times["wall"], 1e3 * times["cpu"] / clients
+    return {"method": method, "clients": clients, "as": name, "updates/s": rate, **more, "CPU ms": cpu}
+
+
+def layout_name(layout: Layout, cohort: int) -> str:
+    """
+    >>> layout_name(Layout(chunk=8), 12)
+    '1 x 6'
+    """
+    return f"{layout.devices} x {layout.groups(cohort)[1]}"
+
+
+def bench_round(devices: int, quick: bool) -> list[dict]:
+    """The compiled round as it is laid out by default, on one device, and the Python loop."""
+    rows = []
+    for kind, cohort, repeats in (("mlp", 100, 7), ("cnn", 20, 3)):
+        cohort, repeats = (max(cohort // 10, 2), 2) if quick else (cohort, repeats)
+        for method in ("FedAvg", "FedKD", "FedKD without SVD"):
+            programs = {
+                f"{d} device(s)": CompiledRound(method, kind, cohort, make_layout(d)) for d in sorted({1, devices})
+            }
+            programs["Python loop"] = PythonLoop(method, kind, cohort)
+            times = interleave(programs, repeats)
+            loop = times["Python loop"]["wall"]
+            rows += [
+                row(f"{method} {kind}", cohort, name, t, {"x loop": loop / t["wall"]}) for name, t in times.items()
+            ]
+    return rows
+
+
+def bench_layout(devices: int, quick: bool) -> list[dict]:
+    """Every cohort in layouts "devices x chunk"; "of best" is the rate as a share of that cohort's best."""
+    rows = []
+    for kind, method, cohorts in (
+        ("mlp", "FedAvg", (1, 4, 16, 64, 256)),
+        ("mlp", "FedKD", (1, 4, 16, 64, 256)),
+        ("cnn", "FedAvg", (1, 4, 16)),
+        ("cnn", "FedKD", (1, 4)),
+    ):
+        for cohort in cohorts[:2] if quick else cohorts:
+            choices = [make_layout(d, c) for d in sorted({1, min(devices, cohort)}) for c in (1, 8, cohort)]
+            automatic = layout_name(make_layout(min(devices, cohort)), cohort)
+            layouts = {layout_name(layout, cohort): layout for layout in choices}
+            programs = {name: CompiledRound(method, kind, cohort, layout) for name, layout in layouts.items()}
+            times = interleave(programs, 2 if quick else 7 if kind == "mlp" else 3)
+            best = min(t["wall"] for t in times.values())
+            for name, t in times.items():
+                mark = " (automatic)" if name == automatic else ""
+                rows.append(row(f"{method} {kind}", cohort, name + mark, t, {"of best": best / t["wall"]}))
+    return rows
+
+
+def bench_population(devices: int, quick: bool) -> list[dict]:
+    """Rounds of one `simulate`, in turns for two population sizes, whose states it goes on from."""
+    cohort, rounds, repeats = (10, 4, 1) if quick else (100, 20, 3)
+    rows = []
+    for method in ("FedAvg", "FedKD"):
+        algorithm, states, data, times = make_algorithm(method, "mlp", make_layout(devices)), {}, {}, {}
+        for size in (1_000, 20_000):
+            data[size], states[size], times[size] = make_data("mlp", size), size, []
+        for _ in range(repeats):
+            for size in states:
+                stamps = []
+                states[size], _ = simulate(
+                    algorithm,
+                    states[size],
+                    data[size],
+                    jax.random.key(0),
+                    rounds=rounds,
+                    cohort=cohort,
+                    on_rounds=lambda done, _, stamps=stamps: stamps.append((time.perf_counter(), done)),
+                )
+                # the first call may compile; those after it run several rounds each
+                times[size] += [(t - s) / (b - a) for (s, a), (t, b) in itertools.pairwise(stamps)]
+        for size, seconds in times.items():
+            each = statistics.median(seconds)
+            rows.append({"method": f"{method} mlp", "population": size, "cohort": cohort, "ms a round": 1e3 * each})
+    return rows
+
+
+def bench_compile(devices: int, quick: bool) -> list[dict]:
+    """Tracing and compiling, per method, model and number of devices; the cohort's size does not matter."""
+    return [
+        {"method": f"{method} {kind}", "devices": d, **CompiledRound(method, kind, 4, make_layout(d)).seconds}
+        for kind in (("mlp",) if quick else ("mlp", "cnn"))
+        for method in ("FedAvg", "FedKD")
+        for d in sorted({1, devices})
+    ]
+
+
+BENCHES = {"round": bench_round, "layout": bench_layout, "population": bench_population, "compile": bench_compile}
+
+
+def main(argv: list[str] | None = None) -> pathlib.Path:
+    """Runs one of `BENCHES`; returns the folder with results.json."""
+    parser = argparse.ArgumentParser(prog="python -m sims.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("--quick", action="store_true", help="small cohorts and two repetitions, to see that it runs")
+    parser.add_argument("--devices", type=int, help="devices the clients are split over; default all")
+    parser.add_argument("--out", help="folder for the results; default runs/bench-NAME-N")
+    chosen = parser.parse_args(argv)
+    with common.one_line_errors():
+        devices = hardware.choose_devices(chosen.devices, cohort=100)
+        folder = common.run_folder(common.Options(out=chosen.out), f"bench-{chosen.bench}")
+    rows = BENCHES[chosen.bench](devices, chosen.quick)
+    shown = [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
+    common.show_table(shown, f"{chosen.bench}, {jax.default_backend()}, {devices} device(s), jax {jax.__version__}")
+    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    common.console.print(f"results.json: {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    main()
