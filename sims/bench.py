@@ -127,7 +127,7 @@ class PythonLoop:
             method != "FedAvg",
         )
         stacked = algorithm.init_clients(self.key, jnp.arange(cohort))
-        self.clients = [
+        self.clients: list[tuple] = [
             (c.teacher, c.projection) for c in (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cohort))
         ]
         model, _ = MODELS[kind]
@@ -159,7 +159,8 @@ class PythonLoop:
                 mini = Batch(inputs=self.data.inputs[batch], labels=self.data.labels[batch], mask=np.ones(BATCH, bool))
                 params = self.step(params, mini)
             if self.distils:
-                *self.clients[i], params = params
+                teacher, projection, params = params
+                self.clients[i] = (teacher, projection)
             sent = self.through_codec(self.subtract(params, old), round)
             total = sent if total is None else self.add(total, sent)
         mean = jax.tree.map(lambda x: x / len(self.clients), total)
@@ -209,7 +210,7 @@ def bench_round(devices: int, quick: bool) -> list[dict]:
     for kind, cohort, repeats in (("mlp", 100, 7), ("cnn", 20, 3)):
         cohort, repeats = (max(cohort // 10, 2), 2) if quick else (cohort, repeats)
         for method in ("FedAvg", "FedKD", "FedKD without SVD"):
-            programs = {
+            programs: dict[str, Callable] = {
                 f"{d} device(s)": CompiledRound(method, kind, cohort, make_layout(d)) for d in sorted({1, devices})
             }
             programs["Python loop"] = PythonLoop(method, kind, cohort)
@@ -232,14 +233,16 @@ def bench_layout(devices: int, quick: bool) -> list[dict]:
     ):
         for cohort in cohorts[:2] if quick else cohorts:
             choices = [make_layout(d, c) for d in sorted({1, min(devices, cohort)}) for c in (1, 8, cohort)]
-            automatic = layout_name(make_layout(min(devices, cohort)), cohort)
             layouts = {layout_name(layout, cohort): layout for layout in choices}
-            programs = {name: CompiledRound(method, kind, cohort, layout) for name, layout in layouts.items()}
+            layouts["automatic"] = make_layout(min(devices, cohort))
+            programs: dict[str, Callable] = {
+                name: CompiledRound(method, kind, cohort, layout) for name, layout in layouts.items()
+            }
             times = interleave(programs, 2 if quick else 7 if kind == "mlp" else 3)
             best = min(t["wall"] for t in times.values())
-            for name, t in times.items():
-                mark = " (automatic)" if name == automatic else ""
-                rows.append(row(f"{method} {kind}", cohort, name + mark, t, {"of best": best / t["wall"]}))
+            rows += [
+                row(f"{method} {kind}", cohort, name, t, {"of best": best / t["wall"]}) for name, t in times.items()
+            ]
     return rows
 
 
