@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Int
 
 from fedkd_jax.svd import energy_threshold, matrix_shape, reconstruct, truncated_svd
-from fedkd_jax.types import Array, Codec, LowRank, Payload, PyTree, Schedule, record
+from fedkd_jax.types import Array, Codec, LowRank, Number, Payload, PyTree, Schedule, record
 
 __all__ = ["energy_threshold", "identity_codec", "payload_bytes", "payload_floats", "svd_codec"]
 
@@ -87,7 +87,7 @@ def compressible_by_rank(path: str, leaf: Array) -> bool:
 
 
 def svd_codec(
-    threshold: float | Schedule,
+    threshold: Number | Schedule,
     *,
     compressible: Callable[[str, Array], bool] = compressible_by_rank,
     method: str = "auto",

@@ -3,16 +3,19 @@
 import csv
 import io
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from fedkd_jax.metrics import client_mean, example_mean
-from fedkd_jax.types import History
+from fedkd_jax.types import History, Number
 
 Record = dict[str, Any]
 STYLES = ("-", "--", "-.", ":")
@@ -104,7 +107,7 @@ def _mean_std(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: Number) -> str:
     """Bytes in decimal units, as the paper counts.
 
     >>> human_bytes(2.05e9), human_bytes(512)
@@ -208,3 +211,68 @@ def accuracy_plot(
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def partition_plot(
+    labels: np.ndarray,
+    clients: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    path_or_ax: str | pathlib.Path | Axes | None = None,
+) -> Figure:
+    """Plot who holds what.
+
+    Up to 60 clients and 20 classes: one bar per client, stacked by class, in examples. Beyond: an image of the share
+    each class has in a client, clients sorted by their most frequent class and its share. Uses no pyplot state.
+
+    Args:
+      labels: `[n]` int, indices into class_names.
+      clients: N int index arrays.
+      class_names: C names.
+      path_or_ax: a file to write (its suffix gives the format), axes to draw on, or None.
+
+    Returns:
+      The figure.
+
+    >>> figure = partition_plot(np.array([0, 1, 1]), [np.array([0, 1]), np.array([2])], ["cat", "dog"])
+    >>> figure.axes[0].get_title()
+    'Who holds what: 3 examples, 2 classes, 2 clients'
+    """
+    n_clients, n_classes = len(clients), len(class_names)
+    counts = np.array([np.bincount(labels[ids], minlength=n_classes) for ids in clients]).reshape(n_clients, n_classes)
+    bars = n_clients <= 60 and n_classes <= 20
+    if isinstance(path_or_ax, Axes):
+        ax = path_or_ax
+    else:
+        height = 1.6 + 0.2 * max(n_clients, n_classes) if bars else 1.8 + 0.28 * min(n_classes, 40)
+        ax = Figure(figsize=(8, max(height, 2.5)), layout="constrained").add_subplot()
+    (_draw_bars if bars else _draw_shares)(ax, counts, class_names)
+    ax.set_title(f"Who holds what: {counts.sum():,} examples, {n_classes} classes, {n_clients:,} clients")
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    if isinstance(path_or_ax, str | pathlib.Path):
+        figure.savefig(path_or_ax, dpi=150)
+    return figure
+
+
+def _draw_bars(ax, counts, class_names):
+    colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
+    left = np.zeros(len(counts), int)
+    for c, name in enumerate(class_names):
+        ax.barh(np.arange(len(counts)), counts[:, c], left=left, height=0.85, color=colors(c), label=name)
+        left += counts[:, c]
+    ax.set(xlabel="examples", ylabel="client", ylim=(len(counts) - 0.5, -0.5))
+    ax.set_yticks(np.arange(0, len(counts), 1 if len(counts) <= 30 else 5))
+    ax.legend(title="class", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _draw_shares(ax, counts, class_names):
+    empty = counts.sum(1) == 0
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    share = share[np.lexsort((-share.max(1), share.argmax(1), empty))]
+    # The default interpolation blurs one class into the next.
+    image = ax.imshow(share.T, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+    note = f"; the last {empty.sum():,} hold nothing" if empty.any() else ""
+    ax.set(xlabel="client, sorted by its most frequent class" + note, ylabel="class")
+    if len(class_names) <= 40:
+        ax.set_yticks(range(len(class_names)), class_names)
+    ax.get_figure(root=True).colorbar(image, ax=ax, label="share of the client's examples")

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
 
-from fedkd_jax.types import Array, LowRank
+from fedkd_jax.types import Array, LowRank, Number
 
 METHODS = ("auto", "svd", "gram")
 
 
-def energy_threshold(start: float, end: float, rounds: int) -> optax.Schedule:
+def energy_threshold(start: Number, end: Number, rounds: int) -> optax.Schedule:
     """T(t), eq. 9: linear from `start` in round 0 to `end` in round `rounds - 1`, constant afterwards.
 
     The reference code uses t = (round + 1) / rounds, so it never uses T_start itself; we follow the paper's text.
@@ -39,7 +39,7 @@ def energy_threshold(start: float, end: float, rounds: int) -> optax.Schedule:
     return optax.linear_schedule(start, end, transition_steps=max(rounds - 1, 1))
 
 
-def retained_rank(singular_values: Float[Array, "r"], threshold: float | Float[Array, ""]) -> Int[Array, ""]:
+def retained_rank(singular_values: Float[Array, "r"], threshold: Number | Float[Array, ""]) -> Int[Array, ""]:
     """The smallest K with sum_{k<=K} s_k^2 / sum_k s_k^2 > T, eq. 8; all of them if none does, 0 for an all-zero input.
 
     The reference code's loop takes one too few. We compare the energy that is cut with 1 - T, summed from the smallest
@@ -67,7 +67,7 @@ def retained_rank(singular_values: Float[Array, "r"], threshold: float | Float[A
 
 def truncated_svd(
     matrix: Float[Array, "m n"],
-    threshold: float | Float[Array, ""],
+    threshold: Number | Float[Array, ""],
     *,
     method: str = "auto",
     max_rank: int | None = None,

@@ -18,6 +18,7 @@ Array = jax.Array | np.ndarray
 Leaf = Any  # an array; within transformations also what stands in its place
 Params = Any  # nested dict of arrays
 PyTree = Any
+Number = float | int | np.floating
 Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
 Schedule = Callable[[Any], Any]  # round -> value, as in optax
 Predict = Callable[["ServerState", "ClientState", Array], "Outputs"]

@@ -170,8 +170,8 @@ def run_method(
     >>> from fedkd_jax.config import DataConfig, build_data
     >>> config = Experiment(rounds=1, data=DataConfig(clients=2))
     >>> clients = build_data(config)
-    >>> with progress_bar() as bar:
-    ...     _, _, rows = run_method(config, build_algorithm(config, config.methods["FedKD"], clients), clients, 0, "", bar)
+    >>> algorithm = build_algorithm(config, config.methods["FedKD"], clients)
+    >>> _, _, rows = run_method(config, algorithm, clients, 0, "FedKD", Progress(disable=True))
     >>> rows[-1]["round"]
     1
     """

@@ -14,7 +14,6 @@ import time
 
 from fedkd_jax import report
 from fedkd_jax.config import Experiment, build_algorithm, build_data
-from fedkd_jax.data import partition_plot
 from sims import common, hardware
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f"{len(algorithms)} methods x {len(config.seeds)} seeds, {len(clients.parts)} clients, {config.rounds} rounds"
         f" -> {folder}"
     )
-    partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
+    report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
 
     runs = {}
     with common.progress_bar() as progress:

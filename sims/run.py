@@ -16,7 +16,6 @@ from tensorboardX import SummaryWriter
 
 from fedkd_jax import report
 from fedkd_jax.config import build_algorithm, build_data
-from fedkd_jax.data import partition_plot
 from sims import common, hardware
 
 
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f"{name}: {len(clients.parts)} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
         f" training examples, {len(clients.labels)} examples in all -> {folder}"
     )
-    partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
+    report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
 
     with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:
 

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd_jax.data.federated import Examples, federate, take_clients, train_test_split
-from fedkd_jax.data.partition import by_key, dirichlet, iid, partition_plot, shards
+from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
 from fedkd_jax.data.sources import load
+from fedkd_jax.report import partition_plot
 
 laws = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

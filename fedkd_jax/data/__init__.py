@@ -1,7 +1,7 @@
 """Data of many clients: read a set, deal it to clients, store it flat. Read `sources`, `partition`, `federated`."""
 
 from fedkd_jax.data.federated import Examples, federate, take_clients, train_test_split
-from fedkd_jax.data.partition import by_key, dirichlet, iid, partition_plot, shards
+from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
 from fedkd_jax.data.sources import load
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "federate",
     "iid",
     "load",
-    "partition_plot",
     "shards",
     "take_clients",
     "train_test_split",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedkd_jax.types import Array, FederatedData
+from fedkd_jax.types import Array, FederatedData, Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def take_clients(data: FederatedData, ids: Array) -> FederatedData:
 
 
 def train_test_split(
-    clients: Sequence[np.ndarray], test_fraction: float, seed: int, labels: np.ndarray | None = None
+    clients: Sequence[np.ndarray], test_fraction: Number, seed: int, labels: np.ndarray | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Split each client's examples into its own training and test part.
 
