@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fedkd_jax.types import PyTree
 
 AXIS = "clients"
-CACHE_BYTES = 2**18  # a core's share of L2; measured in README, section Speed
+CACHE_BYTES = 2**18  # where 38 kB a client move, chunks pay (1.2x at 5); where 1.2 MB, a chunk of 2 costs 30 %
 
 
 @dataclasses.dataclass(frozen=True)
