@@ -1,5 +1,6 @@
 """One client, one round: a compiled loop of local steps over its own examples."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,30 @@ def permutation(key: Key, count: Int[Array, ""] | int, size: int) -> Int[Array, 
     >>> sorted(permutation(jax.random.key(0), 3, 5)[:3].tolist())
     [0, 1, 2]
     """
-    draws = jnp.where(jnp.arange(size) < count, jax.random.uniform(key, (size,)), 2.0)
+    index = jnp.arange(size, dtype=jnp.uint32)
+    # 23 random bits, ones past the count; where they tie, the index decides, so padding comes last
+    draws = jnp.where(index < count, jax.random.bits(key, (size,), jnp.uint32) >> 9, jnp.uint32(2**23 - 1))
+    if size <= 512:  # draw and index fit one word, and one array sorts three times as fast as two: the same permutation
+        return (jnp.sort(draws << 9 | index) & 511).astype(jnp.int32)
     return jnp.argsort(draws).astype(jnp.int32)
+
+
+def own_rows(data: FederatedData) -> FederatedData:
+    """One client's data without the others': `max_count` rows of the flat arrays, all of its own among them.
+
+    >>> import numpy as np
+    >>> data = FederatedData(inputs=np.arange(10.0)[:, None], labels=np.arange(10), start=np.int32(8),
+    ...                      count=np.int32(2), max_count=4)
+    >>> own = own_rows(data)
+    >>> own.labels.tolist(), int(own.start)
+    ([6, 7, 8, 9], 2)
+    """
+    size = min(data.max_count, data.labels.shape[0])
+    first = jnp.clip(data.start, 0, data.labels.shape[0] - size)
+    read = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), first, size)  # noqa: E731
+    return dataclasses.replace(
+        data, inputs=jax.tree.map(read, data.inputs), labels=read(data.labels), start=data.start - first
+    )
 
 
 def gather_batch(data: FederatedData, order: Int[Array, "n"], step: Int[Array, ""] | int, batch: int) -> Batch:
@@ -81,6 +104,8 @@ def local_steps(
     per_epoch = (count + batch - 1) // batch
     total = epochs * per_epoch if steps is None else jnp.where(count > 0, steps, 0)
     order_key, step_key = jax.random.split(key)
+    if rows >= data.max_count:
+        data = own_rows(data)  # a gather out of a small array is cheaper
 
     def epoch(e, state):
         order = permutation(jax.random.fold_in(order_key, e), count, size)

@@ -10,7 +10,7 @@ Work: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-
 projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation apart; figures are
 medians. "CPU ms" is processor time per client update, over all threads: it does not move when other programs run.
 
-Writes the table to the terminal and results.json into a new folder runs/bench-NAME-N.
+The table grows as results come; they are also written to results.json in a new folder runs/bench-NAME-N.
 """
 
 if __name__ == "__main__":
@@ -25,12 +25,13 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.live import Live
 
 from fedkd_jax import cnn, energy_threshold, fedavg, fedkd, mlp, mutual_distillation, simulate, svd_codec
 from fedkd_jax.algorithms.fedavg import task_step
@@ -204,9 +205,8 @@ def layout_name(layout: Layout, cohort: int) -> str:
     return f"{layout.devices} x {layout.groups(cohort)[1]}"
 
 
-def bench_round(devices: int, quick: bool) -> list[dict]:
+def bench_round(devices: int, quick: bool) -> Iterator[dict]:
     """The compiled round as it is laid out by default, on one device, and the Python loop."""
-    rows = []
     for kind, cohort, repeats in (("mlp", 100, 7), ("cnn", 20, 3)):
         cohort, repeats = (max(cohort // 10, 2), 2) if quick else (cohort, repeats)
         for method in ("FedAvg", "FedKD", "FedKD without SVD"):
@@ -216,15 +216,12 @@ def bench_round(devices: int, quick: bool) -> list[dict]:
             programs["Python loop"] = PythonLoop(method, kind, cohort)
             times = interleave(programs, repeats)
             loop = times["Python loop"]["wall"]
-            rows += [
-                row(f"{method} {kind}", cohort, name, t, {"x loop": loop / t["wall"]}) for name, t in times.items()
-            ]
-    return rows
+            for name, t in times.items():
+                yield row(f"{method} {kind}", cohort, name, t, {"x loop": loop / t["wall"]})
 
 
-def bench_layout(devices: int, quick: bool) -> list[dict]:
+def bench_layout(devices: int, quick: bool) -> Iterator[dict]:
     """Every cohort in layouts "devices x chunk"; "of best" is the rate as a share of that cohort's best."""
-    rows = []
     for kind, method, cohorts in (
         ("mlp", "FedAvg", (1, 4, 16, 64, 256)),
         ("mlp", "FedKD", (1, 4, 16, 64, 256)),
@@ -240,16 +237,13 @@ def bench_layout(devices: int, quick: bool) -> list[dict]:
             }
             times = interleave(programs, 2 if quick else 7 if kind == "mlp" else 3)
             best = min(t["wall"] for t in times.values())
-            rows += [
-                row(f"{method} {kind}", cohort, name, t, {"of best": best / t["wall"]}) for name, t in times.items()
-            ]
-    return rows
+            for name, t in times.items():
+                yield row(f"{method} {kind}", cohort, name, t, {"of best": best / t["wall"]})
 
 
-def bench_population(devices: int, quick: bool) -> list[dict]:
+def bench_population(devices: int, quick: bool) -> Iterator[dict]:
     """Rounds of one `simulate`, in turns for two population sizes, whose states it goes on from."""
     cohort, rounds, repeats = (10, 4, 1) if quick else (100, 20, 3)
-    rows = []
     for method in ("FedAvg", "FedKD"):
         algorithm, states, data, times = make_algorithm(method, "mlp", make_layout(devices)), {}, {}, {}
         for size in (1_000, 20_000):
@@ -270,18 +264,16 @@ def bench_population(devices: int, quick: bool) -> list[dict]:
                 times[size] += [(t - s) / (b - a) for (s, a), (t, b) in itertools.pairwise(stamps)]
         for size, seconds in times.items():
             each = statistics.median(seconds)
-            rows.append({"method": f"{method} mlp", "population": size, "cohort": cohort, "ms a round": 1e3 * each})
-    return rows
+            yield {"method": f"{method} mlp", "population": size, "cohort": cohort, "ms a round": 1e3 * each}
 
 
-def bench_compile(devices: int, quick: bool) -> list[dict]:
+def bench_compile(devices: int, quick: bool) -> Iterator[dict]:
     """Tracing and compiling, per method, model and number of devices; the cohort's size does not matter."""
-    return [
-        {"method": f"{method} {kind}", "devices": d, **CompiledRound(method, kind, 4, make_layout(d)).seconds}
-        for kind in (("mlp",) if quick else ("mlp", "cnn"))
-        for method in ("FedAvg", "FedKD")
-        for d in sorted({1, devices})
-    ]
+    for kind in ("mlp",) if quick else ("mlp", "cnn"):
+        for method in ("FedAvg", "FedKD"):
+            for d in sorted({1, devices}):
+                seconds = CompiledRound(method, kind, 4, make_layout(d)).seconds
+                yield {"method": f"{method} {kind}", "devices": d, **seconds}
 
 
 BENCHES = {"round": bench_round, "layout": bench_layout, "population": bench_population, "compile": bench_compile}
@@ -298,10 +290,14 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     with common.one_line_errors():
         devices = hardware.choose_devices(chosen.devices, cohort=100)
         folder = common.run_folder(common.Options(out=chosen.out), f"bench-{chosen.bench}")
-    rows = BENCHES[chosen.bench](devices, chosen.quick)
-    shown = [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
-    common.show_table(shown, f"{chosen.bench}, {jax.default_backend()}, {devices} device(s), jax {jax.__version__}")
-    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    title = f"{chosen.bench}, {jax.default_backend()}, {devices} device(s), jax {jax.__version__}"
+    rows, shown = [], []
+    with Live(common.make_table([], title), console=common.console, refresh_per_second=1) as live:
+        for result in BENCHES[chosen.bench](devices, chosen.quick):
+            rows.append(result)
+            shown.append({k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in result.items()})
+            live.update(common.make_table(shown, title))
+            (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     common.console.print(f"results.json: {folder}")
     return folder
 

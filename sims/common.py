@@ -194,15 +194,18 @@ def run_method(
     return state, history, report.records(history, counts, size)
 
 
-def show_table(rows: list[dict[str, str]], title: str) -> None:
-    """Prints rows as a table."""
+def make_table(rows: list[dict[str, str]], title: str) -> Table:
+    """Rows as a table.
+
+    >>> make_table([{"method": "FedKD", "bytes": "7"}], "traffic").row_count
+    1
+    """
     table = Table(title=title)
-    for column in rows[0]:
+    for column in rows[0] if rows else ():
         table.add_column(column, justify="left" if column in ("method", "model") else "right")
     for row in rows:
         table.add_row(*row.values())
-    console.print()
-    console.print(table)
+    return table
 
 
 def write_config(folder: pathlib.Path, config: Experiment) -> None:

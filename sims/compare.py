@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
     rows = report.table_rows(runs, baseline_of(config))
     title = f"{config.name}: test accuracy after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
-    common.show_table(rows, title)
+    common.console.print("", common.make_table(rows, title))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     (folder / "table.csv").write_text(report.as_csv(rows))
     report.accuracy_plot(runs, folder / "accuracy.png", title=config.name)

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         _, _, records = common.run_method(config, algorithm, clients, config.seeds[0], name, progress, on_record)
 
     rows = report.table_rows({name: [records]}, None)
-    common.show_table(rows, f"{config.name}, {config.rounds} rounds")
+    common.console.print("", common.make_table(rows, f"{config.name}, {config.rounds} rounds"))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     report.accuracy_plot({name: [records]}, folder / "accuracy.png", title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")
