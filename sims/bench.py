@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             shown.append({k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in result.items()})
             live.update(common.make_table(shown, title))
             (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    common.console.print(f"results.json: {folder}")
+    common.console.print(f"\nresults.json: {folder}")
     return folder
 
 
