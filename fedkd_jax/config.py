@@ -49,6 +49,7 @@ class DataConfig:
     split: str = "train"  # in tfds notation; "train+test" pools both before they are dealt
     download: bool = False  # whether a "tfds:" set may be downloaded
     partition: Literal["iid", "dirichlet", "shards", "natural"] = "dirichlet"
+    natural: str | None = None  # of "natural": the feature that says who an example belongs to
     clients: int = 20  # N; not used by "natural"
     alpha: float = 0.3  # of "dirichlet"
     shards_per_client: int = 2  # of "shards"
@@ -239,6 +240,9 @@ def validate(config: Experiment) -> None:
     check(
         0 < data.test_fraction < 1, "data.test_fraction", data.test_fraction, "a share between 0 and 1, both excluded"
     )
+    keyed = data.natural is not None
+    allowed = "a feature of the data where data.partition is 'natural', else null"
+    check(keyed == (data.partition == "natural"), "data.natural", data.natural, allowed)
     if config.cohort is not None:
         most = f"1 to data.clients, {data.clients}" if data.partition != "natural" else "at least 1"
         fits = config.cohort <= data.clients or data.partition == "natural"
@@ -322,10 +326,12 @@ def build_data(config: Experiment) -> Clients:
     ((5,), 1797)
     """
     c = config.data
-    examples, _ = fd.load(c.name, data_dir=c.dir, split=c.split, test_split=None, download=c.download)
-    if c.partition == "natural":
-        if examples.natural is None:
-            raise ConfigError("data.partition", c.partition, f"another one: {c.name} has no natural clients")
+    examples, _ = fd.load(
+        c.name, data_dir=c.dir, split=c.split, test_split=None, download=c.download, natural=c.natural
+    )
+    if examples.inputs.dtype == object:
+        raise ConfigError("data.name", c.name, "images or numbers: the models of a config do not read text")
+    if examples.natural is not None:
         parts = fd.by_key(examples.natural)
         if config.cohort is not None and config.cohort > len(parts):
             raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {len(parts)}")

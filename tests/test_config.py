@@ -36,6 +36,8 @@ IMPOSSIBLE = {
     "data: {alpha: 0}": ("data.alpha", "above 0"),
     "data: {alpha: .inf}": ("data.alpha", "above 0"),
     "data: {alpha: .nan}": ("data.alpha", "above 0"),
+    "data: {partition: natural}": ("data.natural", "a feature"),
+    "data: {natural: writer}": ("data.natural", "else null"),
     "data: {test_fraction: 1.0}": ("data.test_fraction", "between 0 and 1"),
     "methods: {a: {t_start: 1.01}}": ("methods.a.t_start", "(0, 1]"),
     "methods: {a: {t_end: 0}}": ("methods.a.t_end", "(0, 1]"),

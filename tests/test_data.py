@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkd_jax.config import ConfigError, DataConfig, Experiment, build_data
 from fedkd_jax.data.federated import Examples, federate, take_clients, train_test_split
 from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
 from fedkd_jax.data.sources import load
@@ -456,6 +457,10 @@ def test_any_set_is_read_by_its_tfds_name(tmp_path):
     sentences, _ = load("tfds:sentences", cache_dir=tmp_path, download=True)
     assert sentences.inputs.tolist() == ["short", "längere Wörter"] and sentences.classes == ("0", "1")
 
+    text = Experiment(data=DataConfig(name="tfds:sentences", dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"data.name is 'tfds:sentences'; allowed: images or numbers"):
+        build_data(text)
+
     rows = [{"tokens": np.arange(4) + i, "label": 1} for i in range(2)]
     own_builder("Tokens", lambda f: {"tokens": f.Tensor(shape=(4,), dtype=np.int64), "label": np.int64}, rows)
     with pytest.raises(ValueError, match=r"no input feature named image; its features are \['label', 'tokens'\]"):
@@ -464,6 +469,23 @@ def test_any_set_is_read_by_its_tfds_name(tmp_path):
     own_builder("Unlabelled", lambda f: {"image": f.Tensor(shape=(2,), dtype=np.float64)}, [{"image": np.ones(2)}])
     with pytest.raises(ValueError, match=r"unlabelled/1.0.0 has no integer feature named label"):
         load("tfds:unlabelled", cache_dir=tmp_path, download=True)
+
+
+def test_the_natural_partition_follows_a_feature_of_the_set(tmp_path):
+    writers = ["bob", "ann", "bob", "cat", "bob", "ann", "cat", "cat"]
+    rows = [{"image": np.full(2, i, np.float32), "label": i % 2, "writer": w} for i, w in enumerate(writers)]
+    features = lambda f: {"image": f.Tensor(shape=(2,), dtype=np.float32), "label": np.int64, "writer": f.Text()}  # noqa: E731
+    own_builder("Letters", features, rows)
+    examples, _ = load("tfds:letters", cache_dir=tmp_path, download=True, natural="writer")
+    assert examples.natural.tolist() == writers
+    where = {"name": "tfds:letters", "dir": str(tmp_path), "partition": "natural"}
+    clients = build_data(Experiment(data=DataConfig(**where, natural="writer")))
+    assert [part.tolist() for part in clients.parts] == [[1, 5], [0, 2, 4], [3, 6, 7]]
+    assert (clients.train.count + clients.test.count).tolist() == [2, 3, 3]
+    with pytest.raises(ConfigError, match="cohort is 4; allowed: 1 to the number of clients in tfds:letters, 3"):
+        build_data(Experiment(cohort=4, data=DataConfig(**where, natural="writer")))
+    with pytest.raises(ValueError, match=r"natural is 'reader'; .*its are \['image', 'label', 'writer'\]"):
+        build_data(Experiment(data=DataConfig(**where, natural="reader")))
 
 
 def test_a_set_stored_in_another_format_is_a_clear_error(tmp_path):

@@ -27,6 +27,7 @@ def load(
     split: str = "train",
     test_split: str | None = "test",
     download: bool = False,
+    natural: str | None = None,
 ) -> tuple[Examples, Examples | None]:
     """Read a data set as (examples, official test examples or None).
 
@@ -44,16 +45,18 @@ def load(
       test_split: what to read as test examples; None, or a split that the set has not, gives None.
       download: whether a "tfds:" set that is not prepared may be downloaded into cache_dir. The builders of the
         catalogue need TensorFlow for that, once; reading needs none.
+      natural: the feature, one integer or text an example, that says who it belongs to: a writer, a user.
 
     Returns:
       Examples in the order of the prepared files. uint8 images become float32 in [0, 1] (digits are divided by 16,
       others by 255) with a channel axis; other floats become float32, other integers int32; text becomes an array of
-      `str`, for the caller to tokenise. `natural` is None.
+      `str`, for the caller to tokenise. `natural` holds the feature of that name, or None.
 
     Raises:
       FileNotFoundError: a file is missing, or a set not prepared and download is False.
       ModuleNotFoundError: download needs TensorFlow and it is not installed.
-      ValueError: the name or split is unknown, the files are damaged, not array_record or without an integer `label`.
+      ValueError: the name or split is unknown, the files are damaged, not array_record without an integer `label`,
+        or without the feature `natural`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as cache:
@@ -75,7 +78,7 @@ def load(
         raise ValueError(f'name is {name!r}; it must be "digits", "fashion_mnist" or "tfds:NAME"')
     white = 16 if name == "digits" else 255
     test = test_split is not None and test_split.split("[")[0] in builder.info.splits
-    return _read(builder, split, white), _read(builder, test_split, white) if test else None
+    return _read(builder, split, white, natural), _read(builder, test_split, white, natural) if test else None
 
 
 def _path(folder):
@@ -159,7 +162,7 @@ def _catalogue(name, data_dir, cache_dir, download):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(builder, split, white):
+def _read(builder, split, white, natural=None):
     # Measured on two CPU cores: all 70,000 Fashion-MNIST images in 2.7 to 3.2 s through `__getitems__`, most of it
     # decoding; one by one 137 us each (of 5,000). Not worth a second cache, of arrays, that can go stale.
     name, features = builder.info.full_name, dict(builder.info.features.items())
@@ -169,23 +172,27 @@ def _read(builder, split, white):
     input_key = builder.info.supervised_keys[0] if builder.info.supervised_keys else "image"
     if input_key not in features:
         raise ValueError(f"{name} has no input feature named {input_key}; its features are {sorted(features)}")
+    if natural is not None and (natural not in features or features[natural].shape != ()):
+        raise ValueError(f"natural is {natural!r}; {name} has no such feature of one value; its are {sorted(features)}")
     try:
         source = builder.as_data_source(split=split)
     except NotImplementedError as error:
         raise ValueError(
             f"{name} in {builder.data_path} is not stored as array_record; prepare it with file_format='array_record'"
         ) from error
-    blocks, labels = [], []
+    blocks, labels, owners = [], [], []
     for start in range(0, len(source), 10_000):  # bounds the number of small arrays alive at once
         rows = source.__getitems__(range(start, min(start + 10_000, len(source))))
         blocks.append(_stack([row[input_key] for row in rows], white, name))
         labels += [row["label"] for row in rows]
+        owners += [row[natural] for row in rows] if natural is not None else []
     if not blocks:
         raise ValueError(f"split {split!r} of {name} is empty")
     labels = np.asarray(labels, np.int32)
     # A plain integer has no names: its classes are then the numbers up to the largest.
     classes = getattr(label, "names", None) or [str(i) for i in range(labels.max() + 1)]
-    return Examples(inputs=np.concatenate(blocks), labels=labels, classes=tuple(classes))
+    owner = None if natural is None else np.array([o.decode() if isinstance(o, bytes) else o for o in owners])
+    return Examples(inputs=np.concatenate(blocks), labels=labels, classes=tuple(classes), natural=owner)
 
 
 def _stack(values, white, name):
