@@ -165,14 +165,18 @@ class Training(chex.TestCase):
             np.testing.assert_allclose(loss, np.mean(losses) if losses else 0.0, rtol=1e-4)
 
 
-@given(st.integers(0, 9), strategies.seeds)
-def test_a_permutation_holds_each_number_once_and_is_uniform_at_the_front(count, seed):
-    order = np.asarray(permute(jax.random.key(seed), count))
-    assert sorted(order[:count].tolist()) == list(range(count))
+@pytest.mark.parametrize("size", [9, 512, 513])  # one word holds draw and index up to 512
+@given(share=st.floats(0, 1), seed=strategies.seeds)
+def test_a_permutation_is_the_stable_order_of_its_draws(size, share, seed):
+    count, key = int(share * size), jax.random.key(seed)
+    order = np.asarray(permute(key, count, size))
     assert order.dtype == np.int32
+    assert sorted(order[:count].tolist()) == list(range(count))
+    draws = np.asarray(jax.random.uniform(key, (size,)))[:count]
+    np.testing.assert_array_equal(order[:count], np.argsort(draws, kind="stable"))
 
 
-permute = jax.jit(functools.partial(permutation, size=9))
+permute = jax.jit(permutation, static_argnums=2)
 
 
 def test_every_example_comes_first_equally_often():

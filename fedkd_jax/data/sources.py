@@ -55,7 +55,7 @@ def load(
     Raises:
       FileNotFoundError: a file is missing, or a set not prepared and download is False.
       ModuleNotFoundError: download needs TensorFlow and it is not installed.
-      ValueError: the name or split is unknown, the files are damaged, not array_record without an integer `label`,
+      ValueError: the name or split is unknown, the files are damaged, not array_record, without an integer `label`
         or without the feature `natural`.
 
     >>> import tempfile
