@@ -5,6 +5,7 @@ from fedkd_jax.types import (
     Batch,
     ClientState,
     Codec,
+    Factors,
     FederatedData,
     History,
     LocalResult,
@@ -18,7 +19,15 @@ from fedkd_jax.types import (
     State,
 )
 from fedkd_jax.losses import cross_entropy, hidden_loss, kl_divergence, layer_map, mutual_distillation, task_terms
-from fedkd_jax.svd import energy_threshold, matrix_shape, reconstruct, retained_rank, truncated_svd
+from fedkd_jax.svd import (
+    energy_threshold,
+    factorise,
+    matrix_view,
+    reconstruct,
+    retained_rank,
+    truncated_svd,
+    weighted_product,
+)
 from fedkd_jax.codecs import identity_codec, payload_bytes, payload_floats, svd_codec
 from fedkd_jax.local import local_steps
 from fedkd_jax.aggregate import example_weight, uniform_weight

@@ -35,21 +35,24 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
 
 
-def weighted(update: PyTree, weight: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
-    """One client's summand of the weighted mean; weight zero gives exact zeros, whatever the update holds.
+def weighted_sum(updates: PyTree, weights: Float[Array, "k"]) -> PyTree:
+    """sum_k weights[k] updates[k] over the leading axis `[k]`; a weight of zero adds exact zeros, whatever the update holds.
 
-    >>> summand, weight = weighted({"w": jnp.array([jnp.nan])}, jnp.float32(0))
-    >>> float(summand["w"][0])
-    0.0
+    >>> float(weighted_sum({"w": jnp.array([jnp.nan, 3.0])}, jnp.array([0.0, 2.0]))["w"])
+    6.0
     """
-    return jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, jnp.zeros_like(x)), update), weight
+
+    def leaf(x):
+        w = weights.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(w > 0, w * x, 0).sum(axis=0).astype(x.dtype)
+
+    return jax.tree.map(leaf, updates)
 
 
 def weighted_mean(summed: tuple[PyTree, Float[Array, ""]]) -> PyTree:
     """The mean from summands added up in any grouping; zeros where all weights are zero.
 
-    >>> parts = [weighted(jnp.float32(x), jnp.float32(w)) for x, w in ((2.0, 1), (5.0, 2))]
-    >>> float(weighted_mean(jax.tree.map(jnp.add, *parts)))
+    >>> float(weighted_mean((jnp.float32(12.0), jnp.float32(3.0))))
     4.0
     """
     total, weight = summed

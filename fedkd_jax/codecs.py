@@ -1,19 +1,23 @@
 """Codecs: how an update becomes a message and back, and what the message costs.
 
-A codec is a pair of pure functions for one client. The cost is counted where the message is encoded: in the paper's count
-of numbers, K (m + n) + K^2 for a matrix sent as factors, and in bytes of a real message, which sends (U diag(s)) and V,
-K (m + n) numbers, and K itself. Which leaves went as factors is a bit mask in the message's constant header, not counted.
+A codec is a pair of pure functions for one client, and one that adds up the messages of many. The cost is counted where the
+message is encoded: in the paper's count of numbers, K (m + n) + K^2 for a matrix sent as factors, and in bytes of a real
+message, which sends (U diag(s)) and V, K (m + n) numbers, and K itself. Which leaves went as factors is a bit mask in the
+message's constant header, not counted.
 """
 
-import functools
+import collections
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from fedkd_jax.svd import energy_threshold, matrix_shape, reconstruct, truncated_svd
-from fedkd_jax.types import Array, Codec, LowRank, Number, Payload, PyTree, Schedule, record
+from fedkd_jax.aggregate import weighted_sum
+from fedkd_jax.svd import SMALL, MatrixView, energy_threshold, factorise, matrix_view, weighted_product, when
+from fedkd_jax.types import Array, Codec, Leaf, Number, Payload, PyTree, Schedule, record
 
 __all__ = ["energy_threshold", "identity_codec", "payload_bytes", "payload_floats", "svd_codec"]
 
@@ -22,11 +26,11 @@ RANK_BYTES = 4
 
 @record
 class _Factored:
-    """A leaf that may travel as factors: those, or the leaf as it is (the other one is zero)."""
+    """A leaf that may travel as factors, a pair for each of its b matrices; what goes raw has zero factors, and vice versa."""
 
-    factors: LowRank
-    raw: Array
-    as_factors: Array  # [] bool
+    factors: Any  # Factors [b]
+    raw: Leaf  # of the leaf's shape
+    as_factors: Leaf  # [b] bool
 
 
 def payload_floats(payload: Payload) -> Int[Array, ""]:
@@ -72,7 +76,9 @@ def identity_codec() -> Codec:
             ranks={},
         )
 
-    return Codec(encode, lambda payload: payload.content)
+    return Codec(
+        encode, lambda payload: payload.content, lambda payloads, weights: weighted_sum(payloads.content, weights)
+    )
 
 
 def compressible_by_rank(path: str, leaf: Array) -> bool:
@@ -86,21 +92,38 @@ def compressible_by_rank(path: str, leaf: Array) -> bool:
     return leaf.ndim >= 2
 
 
+def view_by_shape(path: str, leaf: Array) -> MatrixView:
+    """Default view of `svd_codec`: `matrix_view` of the leaf's shape.
+
+    >>> import numpy as np
+    >>> view_by_shape("conv/kernel", np.zeros((5, 5, 32, 64))).rows
+    3
+    """
+    del path
+    return matrix_view(leaf.shape)
+
+
 def svd_codec(
     threshold: Number | Schedule,
     *,
     compressible: Callable[[str, Array], bool] = compressible_by_rank,
+    view: Callable[[str, Array], MatrixView] = view_by_shape,
     method: str = "auto",
 ) -> Codec:
     """FedKD's compression: each matrix as the factors of the smallest rank that keeps more than T of its energy.
 
-    A leaf goes as factors only where K (m + n) + K^2 < m n, the paper's rule; otherwise it goes raw and decodes to exactly
-    itself, so a message never costs more than `identity_codec`'s. A leaf with a NaN or infinite entry goes raw.
+    A matrix goes as factors only where K (m + n) + K^2 < m n, the paper's rule; otherwise it goes raw and decodes to exactly
+    itself, so a message never costs more than `identity_codec`'s. A matrix with a NaN or infinite entry goes raw.
+    Matrices of one shape, of all leaves, are factorised together.
+
+    Decoding has no gradient with respect to the update. For the straight-through one, in a loss that looks through the codec,
+    write `update + stop_gradient(decode(encode(update)) - update)`.
 
     Args:
         threshold: T in (0, 1], or a schedule round -> T such as `energy_threshold(0.95, 0.98, rounds)`.
-        compressible: `(path, leaf) -> bool`, path as "dense/kernel"; False sends the leaf raw. A tensor of more than two
-            axes is seen as the matrix `matrix_shape` gives.
+        compressible: `(path, leaf) -> bool`, path as "dense/kernel"; False sends the leaf raw.
+        view: `(path, leaf) -> MatrixView`, which matrix a tensor of more than two axes is, or which matrices. For layers
+            `[layers, m, n]`: `lambda path, leaf: matrix_view(leaf.shape, stack=1)`.
         method: as in `truncated_svd`.
 
     Raises:
@@ -119,41 +142,55 @@ def svd_codec(
     def encode(update: PyTree, round, key) -> Payload:
         del key
         share = threshold(round) if callable(threshold) else threshold
-        leaves, treedef = jax.tree.flatten_with_path(update)
-        _check_size([leaf for _, leaf in leaves])
-        content, ranks, floats, nbytes = [], {}, jnp.int32(0), jnp.int32(0)
-        for path, leaf in leaves:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            most = max_factored_rank(*matrix_shape(leaf.shape)) if compressible(name, leaf) else 0
-            if most == 0:
-                content.append(leaf)
+        leaves, treedef = jax.tree.flatten_with_path(jax.lax.stop_gradient(update))
+        content = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        _check_size(content.values())
+        groups, ranks = collections.defaultdict(dict), {}
+        floats, nbytes = jnp.int32(0), jnp.int32(0)
+        for name, leaf in content.items():
+            matrices = view(name, leaf).matrices(leaf) if compressible(name, leaf) else None
+            if matrices is not None and max_factored_rank(*matrices.shape[1:]) > 0:
+                groups[matrices.shape[1:], leaf.dtype][name] = matrices
+            else:
                 floats, nbytes = floats + leaf.size, nbytes + leaf.nbytes
-                continue
-            m, n = matrix_shape(leaf.shape)
-            # one column more than could be sent shows that more is needed
-            factors = truncated_svd(leaf.reshape(m, n), share, method=method, max_rank=most + 1)
-            k, as_factors = factors.rank, factors.rank <= most
-            content.append(
-                _Factored(
-                    factors=jax.tree.map(functools.partial(_zero_unless, as_factors), factors),
-                    raw=_zero_unless(~as_factors, leaf),
-                    as_factors=as_factors,
+        for ((m, n), dtype), group in groups.items():
+            most = max_factored_rank(m, n)
+            stack = jnp.concatenate([*group.values()])
+            factors = jax.vmap(lambda x, most=most: factorise(x, share, method=method, max_rank=most))(stack)
+            as_factors = factors.rank <= most
+            k = jnp.where(as_factors, factors.rank, 0)
+            sent = jnp.where(as_factors, k * (m + n), m * n)
+            floats += jnp.sum(sent + k * k)
+            nbytes += jnp.sum(sent * dtype.itemsize + jnp.where(as_factors, RANK_BYTES, 0))
+            rank, start = jnp.where(as_factors, k, min(m, n)), 0
+            for name, matrices in group.items():
+                own = slice(start, start := start + len(matrices))
+                raw = jnp.where(as_factors[own, None, None], 0, matrices).reshape(content[name].shape)
+                content[name] = _Factored(
+                    factors=jax.tree.map(lambda x, own=own: x[own], factors), raw=raw, as_factors=as_factors[own]
                 )
-            )
-            ranks[name] = jnp.where(as_factors, k, min(m, n)).astype(jnp.int32)
-            floats += jnp.where(as_factors, k * (m + n) + k * k, leaf.size)
-            nbytes += jnp.where(as_factors, k * (m + n) * leaf.dtype.itemsize + RANK_BYTES, leaf.nbytes)
-        return Payload(content=jax.tree.unflatten(treedef, content), floats=floats, nbytes=nbytes, ranks=ranks)
+                ranks[name] = rank[own] if len(matrices) > 1 else rank[own][0]
+        content = jax.tree.unflatten(treedef, content.values())
+        return Payload(content=content, floats=floats, nbytes=nbytes, ranks=ranks)
 
     def decode(payload: Payload) -> PyTree:
+        one = jax.tree.map(lambda x: x[None], payload.content)
+        return decode_sum(dataclasses.replace(payload, content=one), jnp.ones(1))
+
+    def decode_sum(payloads: Payload, weights: Float[Array, "k"]) -> PyTree:
         def leaf(x):
             if not isinstance(x, _Factored):
-                return x
-            return jnp.where(x.as_factors, reconstruct(x.factors).reshape(x.raw.shape), x.raw)
+                return weighted_sum(x, weights)
+            low_rank = jax.vmap(lambda factors: weighted_product(factors, weights), in_axes=1)(x.factors)
+            if x.raw[0].size < SMALL:
+                raw = weighted_sum(x.raw, weights)
+            else:
+                raw = when(jnp.any(~x.as_factors), lambda: weighted_sum(x.raw, weights), jnp.zeros_like(x.raw[0]))
+            return low_rank.reshape(raw.shape).astype(raw.dtype) + raw
 
-        return jax.tree.map(leaf, payload.content, is_leaf=lambda x: isinstance(x, _Factored))
+        return jax.tree.map(leaf, payloads.content, is_leaf=lambda x: isinstance(x, _Factored))
 
-    return Codec(encode, decode)
+    return Codec(encode, decode, decode_sum)
 
 
 def max_factored_rank(m: int, n: int) -> int:
@@ -166,10 +203,6 @@ def max_factored_rank(m: int, n: int) -> int:
     while k > 0 and k * (m + n) + k * k >= m * n:
         k -= 1
     return k
-
-
-def _zero_unless(keep, x):
-    return jnp.where(keep, x, jnp.zeros_like(x))
 
 
 def _check_size(leaves):

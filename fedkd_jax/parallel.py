@@ -85,12 +85,22 @@ def client_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:devices])
 
 
+def sum_clients(summands: PyTree) -> PyTree:
+    """The sum of every leaf over its client axis.
+
+    >>> sum_clients({"a": jnp.arange(4)})["a"].tolist()
+    6
+    """
+    return jax.tree.map(lambda x: x.sum(axis=0), summands)
+
+
 def map_clients(
     fn: Callable[..., tuple[PyTree, PyTree]],
     stacked: tuple[PyTree, ...],
     shared: tuple[PyTree, ...] = (),
     *,
     layout: Layout | None = None,
+    sum_fn: Callable[[PyTree], PyTree] = sum_clients,
 ) -> tuple[PyTree, PyTree]:
     """Runs `out, summand = fn(*one_client, *shared)` for every client, and adds the summands up.
 
@@ -99,6 +109,8 @@ def map_clients(
         stacked: PyTrees whose leaves have a leading client axis `[K]`.
         shared: PyTrees that all clients see whole.
         layout: where and in which groups they run.
+        sum_fn: adds up the summands `[k]` of a group; the sums of the groups are added leaf by leaf. A summand that is zero
+            in every leaf must add nothing.
 
     Returns:
         `out` stacked `[K]` in the order given, and the sum of the summands.
@@ -119,7 +131,8 @@ def map_clients(
     padded = stacked if size == clients else jax.tree.map(lambda x: jnp.asarray(x)[rows], stacked)
     valid = jnp.arange(size) < clients
 
-    run = functools.partial(_map_on_device, fn, groups, chunk, summand_shape)
+    summed_shape = jax.eval_shape(lambda s: sum_fn(jax.tree.map(lambda x: x[None], s)), summand_shape)
+    run = functools.partial(_map_on_device, fn, sum_fn, groups, chunk, summed_shape, size > clients)
     if layout.mesh is not None:
         on_device, split, whole = run, PartitionSpec(AXIS), PartitionSpec()
 
@@ -138,20 +151,21 @@ def map_clients(
     return (out if size == clients else jax.tree.map(lambda x: x[:clients], out)), total
 
 
-def _map_on_device(fn, groups: int, chunk: int, summand_shape, stacked, valid, shared):
+def _map_on_device(fn, sum_fn, groups: int, chunk: int, summed_shape, padding: bool, stacked, valid, shared):
     def one(args, valid):
         out, summand = fn(*args, *shared)
-        return out, jax.tree.map(lambda x: jnp.where(valid, x, jnp.zeros_like(x)), summand)
+        return out, jax.tree.map(lambda x: jnp.where(valid, x, jnp.zeros_like(x)), summand) if padding else summand
 
     def group(total, xs):
         if chunk == 1:
-            out, summand = one(*jax.tree.map(lambda x: x[0], xs))
-            return jax.tree.map(jnp.add, total, summand), jax.tree.map(lambda x: x[None], out)
-        out, summands = jax.vmap(one)(*xs)
-        return jax.tree.map(lambda t, s: t + s.sum(axis=0), total, summands), out
+            done = one(*jax.tree.map(lambda x: x[0], xs))
+            out, summands = jax.tree.map(lambda x: x[None], done)
+        else:
+            out, summands = jax.vmap(one)(*xs)
+        return jax.tree.map(jnp.add, total, sum_fn(summands)), out
 
     xs = jax.tree.map(lambda x: jnp.asarray(x).reshape(groups, chunk, *x.shape[1:]), (stacked, valid))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summand_shape)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summed_shape)
     total, out = jax.lax.scan(group, zeros, xs)
     return jax.tree.map(lambda x: x.reshape(groups * chunk, *x.shape[2:]), out), total
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from fedkd_jax.aggregate import all_finite, example_weight, weighted, weighted_mean
+from fedkd_jax.aggregate import all_finite, example_weight, weighted_mean, weighted_sum
 from fedkd_jax.codecs import identity_codec
 from fedkd_jax.cohort import client_key
 from fedkd_jax.parallel import Layout, map_clients
@@ -72,18 +72,26 @@ def federated_round(
         local_key, codec_key = jax.random.split(client_key(key, server.round, client_id))
         result = local_fn(server, client, dataclasses.replace(data, start=start, count=count), local_key)
         payload = uplink.encode(result.message, server.round, codec_key)
-        decoded = uplink.decode(payload)
-        finite = all_finite((result.message, decoded, result.client))
+        # what the server adds up: messages, or what they decode to
+        sent = uplink.decode(payload) if uplink.decode_sum is None else payload
+        finite = all_finite((result.message, sent, result.client))
         weight = jnp.where(finite, weight_fn(count), 0.0)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), result.client, client)
         report = (result.terms, payload.nbytes, payload.floats, payload.ranks, finite, weight)
-        return (kept, report), weighted(decoded, weight)
+        return (kept, report), (sent, weight)
+
+    def add_up(sent, weights):
+        return (uplink.decode_sum or weighted_sum)(sent, weights), weights.sum()
 
     def round(
         server: ServerState, clients: ClientState, data: FederatedData, ids: Int[Array, "k"], key: Key
     ) -> tuple[ServerState, ClientState, RoundInfo]:
         (clients, report), summed = map_clients(
-            one_client, (clients, data.start, data.count, ids), (server, data, key), layout=layout
+            one_client,
+            (clients, data.start, data.count, ids),
+            (server, data, key),
+            layout=layout,
+            sum_fn=lambda summands: add_up(*summands),
         )
         terms, uplink_bytes, uplink_floats, ranks, finite, weight = report
 

@@ -110,6 +110,20 @@ class LowRank:
     rank: Leaf  # [] int32
 
 
+@record(kw_only=False)
+class Factors:
+    """A matrix as a product left right of static inner size r, of which the first `rank` are in use and the rest are zero.
+
+    >>> import jax.numpy as jnp
+    >>> Factors(jnp.zeros((5, 3)), jnp.zeros((3, 4)), jnp.int32(0)).right.shape
+    (3, 4)
+    """
+
+    left: Leaf  # [m, r]
+    right: Leaf  # [r, n]; of both, the one of the matrix's shorter side is orthonormal
+    rank: Leaf  # [] int32; r + 1 where r are too few, and then the factors are zero
+
+
 @record
 class Payload:
     """A message as it travels, and what it costs, counted where it was encoded.
@@ -122,11 +136,16 @@ class Payload:
     content: PyTree  # what `decode` needs
     floats: Leaf  # [] int32, numbers in the paper's count
     nbytes: Leaf  # [] int32, bytes of a real message
-    ranks: dict[str, Leaf]  # {leaf path: [] int32}, min(m, n) where a matrix went raw; empty without an SVD
+    ranks: dict[
+        str, Leaf
+    ]  # {leaf path: [] int32, [b] for a stack}, min(m, n) where a matrix went raw; empty without an SVD
 
 
 class Codec(NamedTuple):
     """Compression of an update: `encode(update, round, key) -> Payload` and `decode(payload) -> update`.
+
+    `decode_sum(payloads [K], weights [K]) -> sum_k weights[k] decode(payloads[k])` is for codecs that can add messages up
+    without decoding each; what it gives must be finite where the messages are.
 
     >>> import jax, jax.numpy as jnp
     >>> sign = Codec(encode=lambda update, round, key: Payload(
@@ -138,6 +157,7 @@ class Codec(NamedTuple):
 
     encode: Callable[[PyTree, Leaf, Key], Payload]
     decode: Callable[[Payload], PyTree]
+    decode_sum: Callable[[Payload, Leaf], PyTree] | None = None
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
-"""How fast a round is: `python -m sims.bench {round,layout,population,compile} [--quick] [--devices D] [--out FOLDER]`.
+"""How fast a round is: `python -m sims.bench {round,layout,population,compile,svd} [--quick] [--devices D] [--out FOLDER]`.
 
 round       client updates per second of the compiled round and of a Python loop over clients with jitted steps
 layout      cohorts of 1 to 256 on one or all devices in chunks of several sizes; what the automatic choice loses
 population  a round of 100 clients out of 1,000 and out of 20,000
 compile     seconds to trace and to compile a round
+svd         the factorisations against `jnp.linalg.svd`, on matrices of real training: see bench_svd.py; 40 minutes
 
-Work: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5 convolutions of 32 and
-64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden loss with its
-projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation apart; figures are
-medians. "CPU ms" is processor time per client update, over all threads: it does not move when other programs run.
+Work of the first four: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5
+convolutions of 32 and 64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden
+loss with its projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation apart;
+figures are medians. "CPU ms" is processor time per client update, over all threads: it does not move when other programs run.
 
-The table grows as results come; they are also written to results.json in a new folder runs/bench-NAME-N.
+The table grows as results come; they are also written to results.json in a new folder runs/bench-NAME-N; svd also plots.
 """
 
 if __name__ == "__main__":
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -41,7 +43,7 @@ from fedkd_jax.local import permutation
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.parallel import Layout, client_mesh, place
 from fedkd_jax.types import Algorithm, Batch, FederatedData, ServerState
-from sims import common, hardware
+from sims import bench_svd, common, hardware
 
 EXAMPLES, BATCH = 100, 10
 MODELS = {"mlp": (mlp((64, 128, 10)), (64,)), "cnn": (cnn(), (28, 28, 1))}
@@ -276,7 +278,13 @@ def bench_compile(devices: int, quick: bool) -> Iterator[dict]:
                 yield {"method": f"{method} {kind}", "devices": d, **seconds}
 
 
-BENCHES = {"round": bench_round, "layout": bench_layout, "population": bench_population, "compile": bench_compile}
+BENCHES = {
+    "round": bench_round,
+    "layout": bench_layout,
+    "population": bench_population,
+    "compile": bench_compile,
+    "svd": functools.partial(bench_svd.bench_svd, interleave),
+}
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
@@ -295,10 +303,13 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     with Live(common.make_table([], title), console=common.console, refresh_per_second=1) as live:
         for result in BENCHES[chosen.bench](devices, chosen.quick):
             rows.append(result)
-            shown.append({k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in result.items()})
+            columns = bench_svd.COLUMNS if chosen.bench == "svd" else result
+            shown.append({k: f"{result[k]:.4g}" if isinstance(result[k], float) else str(result[k]) for k in columns})
             live.update(common.make_table(shown, title))
             (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    common.console.print(f"\nresults.json: {folder}")
+    if chosen.bench == "svd":
+        bench_svd.plot(rows).savefig(folder / "svd.png", dpi=150)
+    common.console.print(f"\nresults: {folder}")
     return folder
 
 

@@ -1,7 +1,5 @@
 """Laws of `fedkd_jax.aggregate`: a weighted mean that can be added up in any grouping, and weights."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkd_jax import example_weight, uniform_weight
-from fedkd_jax.aggregate import all_finite, weighted, weighted_mean
+from fedkd_jax.aggregate import all_finite, weighted_mean, weighted_sum
 
 K = 4
 values = strategies.floats((K, 3))
 weights = st.lists(st.integers(0, 50), min_size=K, max_size=K).map(lambda w: np.array(w, np.float32))
 
 
-def summed(updates, weights, order=range(K)):
-    updates, weights = jnp.asarray(updates), jnp.asarray(weights)
-    parts = [weighted({"w": updates[i]}, weights[i]) for i in order]
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+def summed(updates, weights, order=tuple(range(K)), cut=2):
+    """In two groups."""
+    updates, weights = jnp.asarray(updates)[jnp.array(order)], jnp.asarray(weights)[jnp.array(order)]
+    parts = [(weighted_sum({"w": updates[g]}, weights[g]), weights[g].sum()) for g in (slice(cut), slice(cut, None))]
+    return jax.tree.map(jnp.add, *parts)
 
 
 class Means(chex.TestCase):
@@ -45,9 +44,9 @@ class Means(chex.TestCase):
         )
 
 
-@given(values, weights, st.permutations(range(K)))
-def test_clients_can_be_added_up_in_any_order(updates, weights, order):
-    a, b = weighted_mean(summed(updates, weights)), weighted_mean(summed(updates, weights, order))
+@given(values, weights, st.permutations(range(K)), st.integers(0, K))
+def test_clients_can_be_added_up_in_any_order_and_grouping(updates, weights, order, cut):
+    a, b = weighted_mean(summed(updates, weights)), weighted_mean(summed(updates, weights, order, cut))
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
 
 

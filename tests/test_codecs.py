@@ -12,7 +12,7 @@ import strategies
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedkd_jax import energy_threshold, identity_codec, payload_bytes, payload_floats, svd_codec
+from fedkd_jax import energy_threshold, identity_codec, matrix_view, payload_bytes, payload_floats, svd_codec
 from fedkd_jax.codecs import compressible_by_rank, max_factored_rank
 
 KEY = jax.random.key(0)
@@ -175,3 +175,91 @@ def test_errors_name_the_argument_its_value_and_what_is_allowed():
         jax.eval_shape(lambda x: identity_codec().encode(x, 0, KEY), jax.ShapeDtypeStruct((10**9,), jnp.float32))
     with pytest.raises(ValueError, match=r"method is 'qr'; allowed"):
         svd_codec(0.9, method="qr").encode({"w": jnp.ones((9, 9))}, 0, KEY)
+
+
+@pytest.mark.parametrize("name", ["svd", "identity"])
+@given(update=updates(), weights=st.lists(st.floats(0, 5), min_size=3, max_size=3))
+def test_adding_up_messages_equals_adding_up_what_they_decode_to(name, update, weights):
+    encode, decode, decode_sum = jitted_sum(name)
+    stacked = jax.tree.map(lambda x: np.stack([x, -2 * x, x[..., ::-1] if x.ndim else x]), update)
+    weights = np.array(weights, np.float32)
+    payloads = encode(stacked)
+    each, total = decode(payloads), decode_sum(payloads, weights)
+    expected = jax.tree.map(lambda x: np.tensordot(weights, np.asarray(x, np.float64), 1), each)
+    for x, y in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * max(np.abs(y).max(), 1e-9))
+
+
+@functools.cache
+def jitted_sum(name):
+    codec = svd_codec(0.8) if name == "svd" else identity_codec()
+    encode = jax.jit(jax.vmap(lambda u: codec.encode(u, 0, KEY)))
+    return encode, jax.jit(jax.vmap(codec.decode)), jax.jit(codec.decode_sum)
+
+
+def test_matrices_of_one_shape_are_compressed_together_as_each_alone():
+    rng = np.random.default_rng(0)
+    layers = np.stack(
+        [np.outer(rng.normal(size=24), rng.normal(size=20)), rng.normal(size=(24, 20)), np.zeros((24, 20))]
+    )
+    layers = layers.astype(np.float32)
+    heads = layers[0].reshape(24, 4, 5)
+    stacked = svd_codec(
+        0.9, view=lambda path, leaf: matrix_view(leaf.shape, stack=leaf.ndim - 2 if "layers" in path else 0)
+    )
+    payload = stacked.encode(
+        {"layers": layers, "dense": layers[1], "heads": heads, "bias": np.ones(3, np.float32)}, 0, KEY
+    )
+    assert {k: np.asarray(v).tolist() for k, v in payload.ranks.items()} == {
+        "layers": [1, 20, 0],
+        "dense": 20,
+        "heads": 1,
+    }
+    decoded = stacked.decode(payload)
+    np.testing.assert_array_equal(decoded["layers"][1], layers[1])
+    np.testing.assert_allclose(decoded["layers"][0], layers[0], atol=1e-5)
+    np.testing.assert_allclose(decoded["heads"], heads, atol=1e-5)
+    alone = [svd_codec(0.9).encode({"w": x}, 0, KEY) for x in (*layers, layers[1], layers[0])]
+    assert int(payload.floats) == sum(int(p.floats) for p in alone) + 3
+    assert int(payload.nbytes) == sum(int(p.nbytes) for p in alone) + 12
+
+
+def test_no_gradient_goes_through_and_straight_through_is_one_line():
+    update, codec = (
+        {"w": jnp.ones((24, 20)), "raw": jax.random.normal(KEY, (24, 20)), "bias": jnp.ones(3)},
+        svd_codec(0.9),
+    )
+
+    def through(update):
+        return codec.decode(codec.encode(update, 0, KEY))
+
+    def straight(update):
+        sent = jax.tree.map(lambda x, y: x + jax.lax.stop_gradient(y - x), update, through(update))
+        return sum(jnp.sum(x) for x in jax.tree.leaves(sent))
+
+    nothing = jax.grad(lambda u: sum(jnp.sum(x) for x in jax.tree.leaves(through(u))))(update)
+    chex.assert_trees_all_equal(nothing, jax.tree.map(jnp.zeros_like, update))
+    chex.assert_trees_all_equal(jax.grad(straight)(update), jax.tree.map(jnp.ones_like, update))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_it_compiles_for_accelerators_without_one(platform):
+    update = {
+        "dense": jnp.zeros((128, 64)),
+        "same": jnp.zeros((128, 64)),
+        "conv": jnp.zeros((5, 5, 32, 64)),
+        "bias": jnp.zeros(64),
+    }
+    codec = svd_codec(energy_threshold(0.95, 0.98, 10))
+
+    def many(updates):
+        payloads = jax.vmap(lambda u: codec.encode(u, 0, KEY))(updates)
+        return codec.decode_sum(payloads, jnp.ones(4)), payloads.nbytes
+
+    updates = jax.tree.map(lambda x: jnp.stack([x] * 4), update)
+    exported = jax.export.export(jax.jit(many), platforms=[platform])(updates)
+    assert exported.platforms == (platform,)
+    assert [x.shape for x in exported.out_avals] == [(64,), (5, 5, 32, 64), (128, 64), (128, 64), (4,)]
+    text = exported.mlir_module()
+    assert "lapack" not in text
+    assert ("cusolver" if platform == "cuda" else "Eigh") in text

@@ -15,9 +15,19 @@ import reference
 import strategies
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import one
 
-from fedkd_jax import LowRank, energy_threshold, matrix_shape, reconstruct, retained_rank, truncated_svd
-from fedkd_jax.svd import METHODS
+from fedkd_jax import (
+    LowRank,
+    energy_threshold,
+    factorise,
+    matrix_view,
+    reconstruct,
+    retained_rank,
+    truncated_svd,
+    weighted_product,
+)
+from fedkd_jax.svd import METHODS, _energy_bound, sketch_columns
 
 both = chex.variants(with_jit=True, without_jit=True)
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -233,21 +243,29 @@ def test_the_threshold_goes_from_start_to_end_in_equal_steps(start, end, rounds)
         np.testing.assert_allclose(values[rounds:], end, rtol=1e-5)
 
 
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=5))
-def test_the_matrix_view_keeps_every_entry_and_the_last_axis(shape):
-    m, n = matrix_shape(tuple(shape))
-    assert (m * n, n) == (np.prod(shape), shape[-1])
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.integers(0, 2))
+def test_the_matrix_view_has_an_exact_inverse(shape, stack):
+    stack = min(stack, len(shape) - 2)
+    view, tensor = matrix_view(tuple(shape), stack=stack), np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    matrices = view.matrices(tensor)
+    assert len(matrices) == np.prod(shape[:stack], dtype=int)
+    np.testing.assert_array_equal(view.tensor(matrices), tensor)
+    if len(shape) - stack != 3:
+        assert matrices.shape[2] == shape[-1]
+    else:  # the cheaper of two
+        a, b, c = shape[stack:]
+        assert sum(matrices.shape[1:]) == min(a * b + c, a + b * c)
 
 
 def test_errors_name_the_argument_its_value_and_what_is_allowed():
     matrix = jnp.ones((3, 2))
     for match, call in [
-        (r"method is 'qr'; allowed: auto, svd, gram", lambda: truncated_svd(matrix, 0.9, method="qr")),
+        (r"method is 'qr'; allowed: auto, svd, gram, randomized", lambda: truncated_svd(matrix, 0.9, method="qr")),
         (r"max_rank is 0; allowed: at least 1", lambda: truncated_svd(matrix, 0.9, max_rank=0)),
         (r"start is 0.0; allowed: .*\(0, 1\]", lambda: energy_threshold(0.0, 0.5, 3)),
         (r"end is 1.5; allowed: .*\(0, 1\]", lambda: energy_threshold(0.5, 1.5, 3)),
         (r"rounds is 0; allowed: at least 1", lambda: energy_threshold(0.5, 0.9, 0)),
-        (r"shape is \(3,\); allowed: two axes or more", lambda: matrix_shape((3,))),
+        (r"shape is \(3,\) with stack=0; allowed: two axes or more", lambda: matrix_view((3,))),
     ]:
         with pytest.raises(ValueError, match=match):
             call()
@@ -276,3 +294,121 @@ print(jax.tree.map(jnp.shape, encode(update).ranks), jax.block_until_ready(encod
     )
     assert done.returncode == 0, done.stderr
     assert "(2,)" in done.stdout
+
+
+# ---- subspace iteration: a shape for which "auto" takes it -----------------------------------------------------------------
+
+LARGE = (96, 64)
+
+
+@st.composite
+def large_matrices(draw):
+    """Low rank, fast or slow decay, with or without noise below it."""
+    (m, n), rng = LARGE, np.random.default_rng(draw(strategies.seeds))
+    u, v = (np.linalg.qr(rng.normal(size=(size, n)))[0] for size in (m, n))
+    k = np.arange(n)
+    values = draw(
+        st.sampled_from(
+            [
+                0.5**k,
+                0.8**k,
+                0.93**k,
+                1.0 / (k + 1),
+                (k + 1.0) ** -0.5,
+                k < 3.0,
+                1.0 * (k < 12),
+                1.0 + 0.01 * k,
+                5.0 * (k < 1),
+            ]
+        )
+    )
+    noise = draw(st.sampled_from([0.0, 1e-4, 0.03])) * rng.normal(size=(m, n))
+    return ((u * values) @ v.T + noise).astype(np.float32)
+
+
+def test_auto_takes_subspace_iteration_for_that_shape():
+    assert 0 < sketch_columns(*LARGE) < LARGE[1]
+    assert sketch_columns(*LARGE) == sketch_columns(*LARGE[::-1])
+    assert sketch_columns(30522, 128) == sketch_columns(128, 10) == 0
+
+
+@each_method
+@given(matrix=large_matrices(), threshold=strategies.thresholds)
+def test_every_method_finds_the_float64_rank_of_larger_matrices(method, matrix, threshold):
+    clear(matrix, threshold)
+    exact, most = reference.exact_rank(matrix, threshold), 30
+    low_rank = svd(matrix, threshold, method)
+    assert int(low_rank.rank) == exact
+    assert lost(matrix, low_rank) < 1 - threshold
+    np.testing.assert_allclose(
+        low_rank.s, np.where(np.arange(64) < exact, svd(matrix, 1.0, "svd").s, 0), rtol=2e-3, atol=1e-4
+    )
+    factors = jitted_factors(method, most)(matrix, jnp.float32(threshold))
+    chex.assert_shape((factors.left, factors.right, factors.rank), ((96, most), (most, 64), ()))
+    if exact > most:
+        assert int(factors.rank) == most + 1
+        assert not np.asarray(factors.left).any()
+        assert not np.asarray(factors.right).any()
+        return
+    assert int(factors.rank) == exact
+    left, right = (np.asarray(x, np.float64) for x in (factors.left, factors.right))
+    energy = np.sum(matrix.astype(np.float64) ** 2)
+    assert np.sum((matrix - left @ right) ** 2) < (1 - threshold) * energy
+    np.testing.assert_allclose(right[:exact] @ right[:exact].T, np.eye(exact), atol=1e-4)
+    assert not left[:, exact:].any()
+    assert not right[exact:].any()
+    other = jitted_factors(method, most)(matrix.T.copy(), jnp.float32(threshold))
+    assert int(other.rank) == exact
+    np.testing.assert_allclose(other.left @ other.right, (left @ right).T, atol=0.05 * np.sqrt(energy))
+
+
+@functools.cache
+def jitted_factors(method, most):
+    return jax.jit(functools.partial(factorise, method=method, max_rank=most))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_hard_easy_zero_and_broken_clients_side_by_side(poison, scale):
+    """Each as if it were alone."""
+    rng = np.random.default_rng(0)
+    easy = np.outer(rng.normal(size=96), rng.normal(size=64))
+    hard, zero, broken = rng.normal(size=(96, 64)), np.zeros(LARGE), np.full(LARGE, 1.0)
+    broken[3, 4] = poison
+    stack = (np.stack([easy, hard, zero, broken, easy]) * scale).astype(np.float32)
+    factors = jax.jit(jax.vmap(lambda x: factorise(x, 0.9, max_rank=20)))(stack)
+    assert factors.rank.tolist() == [1, 21, 0, 21, 1]
+    chex.assert_tree_all_finite(factors)
+    alone = jitted_factors("auto", 20)
+    for i, matrix in enumerate(stack):
+        mine, expected = one(factors, i), alone(matrix, jnp.float32(0.9))
+        chex.assert_trees_all_close(*(jax.tree.map(lambda x: x / scale, tree) for tree in (mine, expected)), rtol=1e-5)
+    np.testing.assert_allclose(factors.left[0] @ factors.right[0] / scale, easy, atol=1e-4)
+
+
+@given(large_matrices(), st.integers(1, 63), st.floats(0.3, 1.0), st.integers(0, 20))
+def test_no_k_directions_hold_more_energy_than_the_bound(matrix, k, share, known):
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    values = values / values.sum()
+    # Ritz values never exceed the eigenvalues
+    ritz = np.sort(values[:known] * np.linspace(1.0, share, known))[::-1].astype(np.float32)
+    bound = _energy_bound(k, matrix.T @ matrix, ritz)
+    assert values[:k].sum() <= float(bound) + 1e-5
+    flat = _energy_bound(k, np.eye(64, dtype=np.float32), ritz[:0])
+    np.testing.assert_allclose(flat, k / 64, atol=2e-3)  # and it is reached
+
+
+@given(st.lists(st.floats(0.1, 5.0), min_size=3, max_size=3), st.integers(0, 3))
+def test_messages_are_added_up_in_one_product(weights, raw):
+    rng = np.random.default_rng(raw)
+    matrices = rng.normal(size=(3, 96, 1)) * rng.normal(size=(3, 1, 64))
+    matrices[:raw] = rng.normal(size=(raw, 96, 64))
+    factors = stacked_factors()(matrices.astype(np.float32))
+    total = weighted_product(factors, jnp.array(weights, jnp.float32))
+    expected = sum(w * m for w, m in zip(weights[raw:], matrices[raw:], strict=True))
+    np.testing.assert_allclose(total, expected + np.zeros((96, 64)), atol=1e-3)
+
+
+@functools.cache
+def stacked_factors():
+    return jax.jit(jax.vmap(lambda x: factorise(x, 0.9, max_rank=20)))
