@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from fedkd_jax.aggregate import weighted_sum
-from fedkd_jax.svd import SMALL, MatrixView, energy_threshold, factorise, matrix_view, weighted_product, when
-from fedkd_jax.types import Array, Codec, Leaf, Number, Payload, PyTree, Schedule, record
+from fedkd_jax.subspace import SMALL, when
+from fedkd_jax.svd import MatrixView, energy_threshold, factorise, matrix_view, sketch_columns, weighted_product
+from fedkd_jax.types import Array, Codec, Key, Leaf, Number, Payload, PyTree, Schedule, record
 
 __all__ = ["energy_threshold", "identity_codec", "payload_bytes", "payload_floats", "svd_codec"]
 
@@ -81,6 +82,35 @@ def identity_codec() -> Codec:
     )
 
 
+def init_codec(codec: Codec | None, update: PyTree) -> PyTree:
+    """The state a codec starts with, `()` where it has none.
+
+    >>> import numpy as np
+    >>> init_codec(identity_codec(), np.zeros(3)), init_codec(None, np.zeros(3))
+    ((), ())
+    """
+    return () if codec is None or codec.init is None else codec.init(update)
+
+
+def encode(codec: Codec, update: PyTree, round: Leaf, key: Key, state: PyTree) -> tuple[Payload, PyTree]:
+    """`(payload, new state)`, whether the codec has a state or not.
+
+    Raises:
+        ValueError: the codec has a state and `state` is not one of its own.
+
+    >>> import jax, numpy as np
+    >>> payload, state = encode(identity_codec(), np.zeros(3, np.float32), 0, jax.random.key(0), ())
+    >>> int(payload.floats), state
+    (3, ())
+    """
+    if codec.init is None:
+        return codec.encode(update, round, key), state
+    expected, given = (jax.tree.structure(x) for x in (jax.eval_shape(codec.init, update), state))
+    if expected != given:
+        raise ValueError(f"state has the structure {given}; allowed: {expected}, what init_codec(codec, update) gives")
+    return codec.encode(update, round, key, state)
+
+
 def compressible_by_rank(path: str, leaf: Array) -> bool:
     """Default choice of `svd_codec`: every leaf with two axes or more.
 
@@ -109,6 +139,7 @@ def svd_codec(
     compressible: Callable[[str, Array], bool] = compressible_by_rank,
     view: Callable[[str, Array], MatrixView] = view_by_shape,
     method: str = "auto",
+    warm_start: bool = False,
 ) -> Codec:
     """FedKD's compression: each matrix as the factors of the smallest rank that keeps more than T of its energy.
 
@@ -125,6 +156,10 @@ def svd_codec(
         view: `(path, leaf) -> MatrixView`, which matrix a tensor of more than two axes is, or which matrices. For layers
             `[layers, m, n]`: `lambda path, leaf: matrix_view(leaf.shape, stack=1)`.
         method: as in `truncated_svd`.
+        warm_start: whether each sender keeps the directions of its last message, `[columns, min(m, n)]` of every matrix, and
+            begins its next subspace iteration there: two of six thin products saved where they change little. Ranks are
+            certified all the same; which directions are sent, and so the last digits of a result, then depend on what the
+            sender sent before. Off by default for that, and because the state must be kept for every client.
 
     Raises:
         ValueError: a constant threshold outside (0, 1].
@@ -139,13 +174,20 @@ def svd_codec(
     if not callable(threshold) and not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; allowed: a share of energy in (0, 1]")
 
-    def encode(update: PyTree, round, key) -> Payload:
+    def init(update: PyTree) -> dict[str, Array]:
+        state = {}
+        for name, leaf in _named(update).items():
+            b, m, n = view(name, leaf).matrices(leaf).shape if compressible(name, leaf) else (0, 1, 1)
+            if b and max_factored_rank(m, n) > 0 and method in ("auto", "randomized"):
+                state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)))
+        return state
+
+    def compress(update: PyTree, round, key, state: dict[str, Array]) -> tuple[Payload, dict[str, Array]]:
         del key
         share = threshold(round) if callable(threshold) else threshold
-        leaves, treedef = jax.tree.flatten_with_path(jax.lax.stop_gradient(update))
-        content = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        content = _named(jax.lax.stop_gradient(update))
         _check_size(content.values())
-        groups, ranks = collections.defaultdict(dict), {}
+        groups, ranks, state = collections.defaultdict(dict), {}, dict(state)
         floats, nbytes = jnp.int32(0), jnp.int32(0)
         for name, leaf in content.items():
             matrices = view(name, leaf).matrices(leaf) if compressible(name, leaf) else None
@@ -156,7 +198,10 @@ def svd_codec(
         for ((m, n), dtype), group in groups.items():
             most = max_factored_rank(m, n)
             stack = jnp.concatenate([*group.values()])
-            factors = jax.vmap(lambda x, most=most: factorise(x, share, method=method, max_rank=most))(stack)
+            starts = jnp.concatenate([state[name] for name in group]) if state else None
+            factors = jax.vmap(
+                lambda x, start, most=most: factorise(x, share, method=method, max_rank=most, start=start)
+            )(stack, starts)
             as_factors = factors.rank <= most
             k = jnp.where(as_factors, factors.rank, 0)
             sent = jnp.where(as_factors, k * (m + n), m * n)
@@ -170,8 +215,16 @@ def svd_codec(
                     factors=jax.tree.map(lambda x, own=own: x[own], factors), raw=raw, as_factors=as_factors[own]
                 )
                 ranks[name] = rank[own] if len(matrices) > 1 else rank[own][0]
-        content = jax.tree.unflatten(treedef, content.values())
-        return Payload(content=content, floats=floats, nbytes=nbytes, ranks=ranks)
+                if state:
+                    directions = factors.right[own] if m >= n else jnp.swapaxes(factors.left[own], 1, 2)
+                    state[name] = jax.lax.dynamic_update_slice(
+                        jnp.zeros_like(state[name]), directions[:, : state[name].shape[1]], (0, 0, 0)
+                    )
+        content = jax.tree.unflatten(jax.tree.structure(update), content.values())
+        return Payload(content=content, floats=floats, nbytes=nbytes, ranks=ranks), state
+
+    def encode(update: PyTree, round, key) -> Payload:
+        return compress(update, round, key, {})[0]
 
     def decode(payload: Payload) -> PyTree:
         one = jax.tree.map(lambda x: x[None], payload.content)
@@ -190,7 +243,7 @@ def svd_codec(
 
         return jax.tree.map(leaf, payloads.content, is_leaf=lambda x: isinstance(x, _Factored))
 
-    return Codec(encode, decode, decode_sum)
+    return Codec(compress, decode, decode_sum, init) if warm_start else Codec(encode, decode, decode_sum)
 
 
 def max_factored_rank(m: int, n: int) -> int:
@@ -203,6 +256,12 @@ def max_factored_rank(m: int, n: int) -> int:
     while k > 0 and k * (m + n) + k * k >= m * n:
         k -= 1
     return k
+
+
+def _named(tree: PyTree) -> dict[str, Array]:
+    """{path as "dense/kernel": leaf}."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _check_size(leaves):

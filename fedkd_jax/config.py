@@ -105,6 +105,7 @@ class MethodConfig:
     codec: Literal["identity", "svd"] = "identity"  # both ways
     t_start: float = 0.95  # energy kept in the first round, of codec "svd"
     t_end: float = 0.98  # and in the last
+    warm_start: bool = False  # begin each factorisation with the directions of the sender's last message
     adaptive: bool = True  # divide by L_t + L_s
     distill: bool = True
     hidden: bool = True
@@ -389,9 +390,9 @@ def build_codec(method: MethodConfig, rounds: int) -> Codec:
     >>> int(codec.encode({"w": np.ones((30, 20), np.float32)}, 0, jax.random.key(0)).ranks["w"])
     1
     """
-    return (
-        svd_codec(energy_threshold(method.t_start, method.t_end, rounds)) if method.codec == "svd" else identity_codec()
-    )
+    if method.codec == "identity":
+        return identity_codec()
+    return svd_codec(energy_threshold(method.t_start, method.t_end, rounds), warm_start=method.warm_start)
 
 
 def build_algorithm(

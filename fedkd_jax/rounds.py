@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Int
 
 from fedkd_jax.aggregate import all_finite, example_weight, weighted_mean, weighted_sum
-from fedkd_jax.codecs import identity_codec
+from fedkd_jax.codecs import encode, identity_codec
 from fedkd_jax.cohort import client_key
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.types import Array, ClientState, Codec, FederatedData, Key, LocalResult, RoundInfo, ServerState
@@ -71,12 +71,13 @@ def federated_round(
     def one_client(client, start, count, client_id, server, data, key):
         local_key, codec_key = jax.random.split(client_key(key, server.round, client_id))
         result = local_fn(server, client, dataclasses.replace(data, start=start, count=count), local_key)
-        payload = uplink.encode(result.message, server.round, codec_key)
+        payload, codec_state = encode(uplink, result.message, server.round, codec_key, client.codec)
+        new = dataclasses.replace(result.client, codec=codec_state)
         # what the server adds up: messages, or what they decode to
         sent = uplink.decode(payload) if uplink.decode_sum is None else payload
-        finite = all_finite((result.message, sent, result.client))
+        finite = all_finite((result.message, sent, new))
         weight = jnp.where(finite, weight_fn(count), 0.0)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), result.client, client)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, client)
         report = (result.terms, payload.nbytes, payload.floats, payload.ranks, finite, weight)
         return (kept, report), (sent, weight)
 
@@ -97,12 +98,16 @@ def federated_round(
 
         # the server's own stream: no client has this id
         server_key = client_key(key, server.round, 2**31 - 2)
-        payload = downlink.encode(weighted_mean(summed), server.round, server_key)
+        payload, codec_state = encode(downlink, weighted_mean(summed), server.round, server_key, server.codec)
         sent = downlink.decode(payload)
         gradient = sent if message == "gradient" else optax.tree.scale(-1.0, sent)
         step, opt_state = server_optimizer.update(gradient, server.opt_state, server.params)
         server = dataclasses.replace(
-            server, params=optax.apply_updates(server.params, step), opt_state=opt_state, round=server.round + 1
+            server,
+            params=optax.apply_updates(server.params, step),
+            opt_state=opt_state,
+            round=server.round + 1,
+            codec=codec_state,
         )
         info = RoundInfo(
             ids=ids,

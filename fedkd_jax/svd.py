@@ -5,10 +5,10 @@ Three factorisations find the smallest rank, each with its cost:
 
 "svd"         `jnp.linalg.svd`: LAPACK's, all singular vectors of both sides.
 "gram"        eigenvectors V of the smaller Gram matrix G = M^T M, then U S = M V.
-"randomized"  subspace iteration on a few random columns until the rank is certain (`_certified_rank`), which takes a
-              handful of thin matrix products where the energy lies in few directions; "gram" where it stays uncertain.
+"randomized"  `subspace_iteration` on a few random columns until the rank is certain, which takes a handful of thin matrix
+              products where the energy lies in few directions; "gram" where it stays uncertain.
 
-"auto" is "randomized" where the matrix is large enough and not too tall, else "gram" (`sketch_columns`, which holds the
+"auto" is "randomized" where the matrix is large enough and not too tall, else "gram" (`choose_method`, which holds the
 measurements). Where the caller has no use for more than `max_rank` directions, two sums over G can show that more are
 needed, and nothing is factorised at all (`_energy_bound`).
 
@@ -29,12 +29,10 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
+from fedkd_jax.subspace import ROUNDING, SMALL, contract, measure, power_of_two, subspace_iteration, when
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
 METHODS = ("auto", "svd", "gram", "randomized")
-SWEEPS = 4  # of subspace iteration, before the Gram matrix is asked
-SMALL = 2**16  # entries of a matrix for which a condition costs more than what it saves
-ROUNDING = 2e-6  # float32 decides a rank only where the energy is further than this from T
 
 
 def energy_threshold(start: Number, end: Number, rounds: int) -> optax.Schedule:
@@ -76,7 +74,7 @@ def retained_rank(singular_values: Float[Array, "r"], threshold: Number | Float[
     ([1, 2, 3, 3], 0)
     """
     s = jnp.asarray(singular_values)
-    s = s / _power_of_two(jnp.max(s, initial=0.0))
+    s = s / power_of_two(jnp.max(s, initial=0.0))
     energy = s * s
     tail = jnp.cumsum(energy[::-1])[::-1]  # tail[k] is lost when the first k are kept
     rank = jnp.sum(tail >= (1.0 - threshold) * tail[0]).astype(jnp.int32)
@@ -130,6 +128,7 @@ def factorise(
     *,
     method: str = "auto",
     max_rank: int | None = None,
+    start: Float[Array, "c k"] | None = None,
 ) -> Factors:
     """What travels: M ~ left right of the smallest rank that keeps more than T of the energy; nothing where that rank is
     above `max_rank`.
@@ -140,13 +139,15 @@ def factorise(
     Args:
         matrix, threshold, method: as in `truncated_svd`.
         max_rank: the static number of columns r; what needs more is not factorised.
+        start: directions `[c, min(m, n)]` in the space of the shorter side from which subspace iteration begins, such as those
+            of an earlier, similar matrix; rows of zeros are filled with random ones. The other methods do not use it.
 
     Returns:
         `Factors(left [m, r], right [r, n], rank [])`, zero past `rank`. Where more than r columns are needed, or an entry
         is not finite, `rank` is r + 1 and both factors are zero.
 
     Raises:
-        ValueError: as `truncated_svd`.
+        ValueError: as `truncated_svd`, or `start` of another shape than `[sketch_columns(k), k]`, k = min(m, n).
 
     >>> import jax.numpy as jnp
     >>> matrix = jnp.outer(jnp.arange(1.0, 5.0), jnp.array([1.0, 0.0, 2.0]))
@@ -157,10 +158,14 @@ def factorise(
     6
     """
     if jnp.ndim(matrix) == 2 and matrix.shape[0] < matrix.shape[1]:
-        factors = factorise(jnp.asarray(matrix).T, threshold, method=method, max_rank=max_rank)
+        factors = factorise(jnp.asarray(matrix).T, threshold, method=method, max_rank=max_rank, start=start)
         return Factors(factors.right.T, factors.left.T, factors.rank)
     matrix, r = _check(matrix, method, max_rank)
-    return _factorise(matrix, threshold, method, r, precise=False)
+    if start is not None and jnp.shape(start) != (shape := (sketch_columns(matrix.shape[1]), matrix.shape[1])):
+        raise ValueError(
+            f"start has shape {jnp.shape(start)}; allowed: {shape}, [sketch_columns(k), k] with k = min(m, n)"
+        )
+    return _factorise(matrix, threshold, method, r, precise=False, start=start)
 
 
 def reconstruct(low_rank: LowRank) -> Float[Array, "m n"]:
@@ -171,7 +176,7 @@ def reconstruct(low_rank: LowRank) -> Float[Array, "m n"]:
     >>> bool(jnp.allclose(reconstruct(truncated_svd(matrix, 1.0)), matrix, atol=1e-5))
     True
     """
-    return _mm(low_rank.u * low_rank.s[None, :], low_rank.vt)
+    return contract(low_rank.u * low_rank.s[None, :], low_rank.vt, 1, 0)
 
 
 def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Array, "m n"]:
@@ -252,32 +257,28 @@ def matrix_view(shape: tuple[int, ...], *, stack: int = 0) -> MatrixView:
     return MatrixView(shape, stack, rows)
 
 
-def when(wanted, make, otherwise):
-    """`make()` where wanted, else `otherwise`, of the same shapes: a loop of at most one turn.
-
-    Under `vmap`, `cond` runs both branches for everybody, always; this runs `make` as soon as one of the batch wants it.
-
-    >>> import jax, jax.numpy as jnp
-    >>> jax.vmap(lambda x: when(x < 0, lambda: -x, x))(jnp.array([1, -2])).tolist()
-    [1, 2]
-    """
-    return jax.lax.while_loop(lambda c: c[0], lambda _: (jnp.bool_(False), make()), (wanted, otherwise))[1]
-
-
 # ---- which factorisation, and where ------------------------------------------------------------------------------------
 
 
-def sketch_columns(m: int, n: int) -> int:
-    """How many random columns "auto" tries first on an `[m, n]` matrix; 0: it goes to the Gram matrix at once.
+def choose_method(m: int, n: int) -> str:
+    """What "auto" is for an `[m, n]` matrix.
 
-    TODO measurements
+    MEASUREMENTS
 
-    >>> sketch_columns(768, 768), sketch_columns(10, 128)
-    (64, 0)
+    >>> [choose_method(*shape) for shape in ((768, 768), (30522, 128), (10, 128))]
+    ['randomized', 'gram', 'gram']
     """
     m, n = max(m, n), min(m, n)
-    r = min(3 * n // 8, max(64, n // 12)) // 8 * 8
-    return r if n >= 48 and 6 * r * m <= n * (m + 12 * n) else 0
+    return "randomized" if n >= 48 and 6 * sketch_columns(n) * m <= n * (m + 12 * n) else "gram"
+
+
+def sketch_columns(n: int) -> int:
+    """How many columns subspace iteration has for a matrix whose shorter side is n.
+
+    >>> [sketch_columns(n) for n in (64, 128, 768, 3072)]
+    [24, 48, 64, 256]
+    """
+    return max(min(3 * n // 8, max(64, n // 12)), 1)
 
 
 def _check(matrix, method, max_rank):
@@ -291,49 +292,51 @@ def _check(matrix, method, max_rank):
     return jax.lax.stop_gradient(jnp.asarray(matrix, jnp.float32)), r
 
 
-def _factorise(matrix, threshold, method, r, precise) -> Factors:
+def _factorise(matrix, threshold, method, r, precise, start=None) -> Factors:
     """Of a tall matrix. `precise`: singular vectors are wanted, and the first r of them even where more would be needed;
     otherwise any directions that keep enough energy will do, and none where r are too few."""
     m, n = matrix.shape
     if r == 0:
         return Factors(jnp.zeros((m, r)), jnp.zeros((r, n)), jnp.int32(0))
-    columns = {"auto": sketch_columns(m, n), "randomized": max(3 * n // 8, 1)}.get(method, 0)
-    if method == "svd":
-        run = functools.partial(_svd, r, precise)
-    elif columns == 0:
-        run = functools.partial(_gram, r, precise, np.zeros(0, np.float32))
-    else:
-        run = functools.partial(_randomized, r, precise, columns)
+    method = choose_method(m, n) if method == "auto" else method
+    run = {
+        "svd": functools.partial(_svd, r, precise),
+        "gram": functools.partial(_gram, r, precise, np.zeros(0, np.float32)),
+        "randomized": functools.partial(_randomized, r, precise, sketch_columns(n)),
+    }[method]
     # On a CPU `vmap` becomes a loop: two batched LAPACK calls of different shapes in one program can hang there for good
     # (jax 0.10.2, two cores), and batches are serial from jax 0.11 on anyway. On a GPU eigh is truly batched.
     one_by_one = jax.custom_batching.sequential_vmap(run)
-    return jax.lax.platform_dependent(matrix, jnp.float32(threshold), cpu=one_by_one, default=run)
+    start = jnp.zeros((0, n)) if start is None else jax.lax.stop_gradient(start)
+    return jax.lax.platform_dependent(matrix, jnp.float32(threshold), start, cpu=one_by_one, default=run)
 
 
-def _svd(r, precise, matrix, threshold) -> Factors:
+def _svd(r, precise, matrix, threshold, start) -> Factors:
+    del start
     scaled, scale, finite = _scaled(matrix)
     u, s, vt = jnp.linalg.svd(scaled, full_matrices=False)
     rank = _counted(retained_rank(s, threshold), finite, r)
-    keep = _filled(rank, r, precise)
+    keep = _filled(r, rank, r, precise)
     left = jnp.where(keep[None, :], (u * s[None, :])[:, :r] * scale, 0.0)
     return Factors(left, jnp.where(keep[:, None], vt[:r], 0.0), rank)
 
 
-def _gram(r, precise, ritz, matrix, threshold) -> Factors:
+def _gram(r, precise, ritz, matrix, threshold, start) -> Factors:
     """Eigenvectors of M^T M, unless two sums over it show that r are too few."""
+    del start
     (m, n), (scaled, scale, finite) = matrix.shape, _scaled(matrix)
-    gram = _mm(scaled.T, scaled)
+    gram = contract(scaled, scaled, 0, 0)
     too_many = Factors(jnp.zeros((m, r)), jnp.zeros((r, n)), jnp.int32(r + 1))
 
     def eigenvectors():
         values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
         rank = _counted(retained_rank(jnp.sqrt(jnp.maximum(values[::-1], 0.0)), threshold), finite, r)
-        keep = _filled(rank, r, precise)
+        keep = _filled(r, rank, r, precise)
         right = jnp.where(keep[None, :], v[:, ::-1][:, :r], 0.0)
         few = r if matrix.size < SMALL else r // 4  # which is often enough
-        left = _pad(_mm(scaled, right[:, :few] * scale), r)
+        left = _fit(contract(scaled, right[:, :few] * scale, 1, 0), r, 1)
         if few < r:
-            left = when(keep.sum() > few, lambda: _mm(scaled, right * scale), left)
+            left = when(keep.sum() > few, lambda: contract(scaled, right * scale, 1, 0), left)
         return Factors(left, right.T, rank)
 
     if precise or r == n:
@@ -341,36 +344,19 @@ def _gram(r, precise, ritz, matrix, threshold) -> Factors:
     return when(finite & ~(_energy_bound(r, gram, ritz) <= threshold - ROUNDING), eigenvectors, too_many)
 
 
-def _randomized(r, precise, columns, matrix, threshold) -> Factors:
+def _randomized(r, precise, columns, matrix, threshold, start) -> Factors:
     """Subspace iteration, and the Gram matrix where that leaves the rank undecided."""
-    found, certain, ritz = _subspace_iteration(r, precise, columns, matrix, threshold)
-    return when(~certain, lambda: _gram(r, precise, ritz, matrix, threshold), found)
-
-
-def _measure(matrix) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(scale, sum of squares of matrix / scale, whether all is finite)`, scale a power of two near the entries.
-
-    One look at a large matrix, and two more only where its squares leave float32.
-    """
-
-    def carefully():
-        scale = _power_of_two(
-            jnp.max(jnp.abs(matrix), initial=0.0)
-        )  # a maximum on a CPU may overlook a NaN, a sum does not
-        total = jnp.sum((matrix / scale) ** 2)
-        return scale, total, jnp.isfinite(total)
-
-    if matrix.size < SMALL:
-        return carefully()
-    total = jnp.sum(matrix * matrix)
-    scale = _power_of_two(jnp.sqrt(total / matrix.size))
-    usual = (total > 1e-20) & (total < 1e30)
-    return when(~usual, carefully, (scale, total / scale**2, jnp.bool_(True)))
+    left, right, ritz, rank, certain = subspace_iteration(matrix, threshold, start, columns=columns, precise=precise)
+    rank = _counted(rank, True, r)
+    keep = _filled(columns, rank, r, precise)
+    left, right = jnp.where(keep[None, :], left, 0.0), jnp.where(keep[:, None], right, 0.0)
+    found = Factors(_fit(left, r, 1), _fit(right, r, 0), rank)
+    return when(~certain, lambda: _gram(r, precise, ritz, matrix, threshold, start), found)
 
 
 def _scaled(matrix) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(matrix / scale, scale, whether it is finite)`; zeros where it is not, because LAPACK must not see a NaN."""
-    scale, _, finite = _measure(matrix)
+    scale, _, finite = measure(matrix)
     return jnp.where(finite, matrix / scale, 0.0), scale, finite
 
 
@@ -379,158 +365,33 @@ def _counted(rank, finite, r):
     return jnp.where(finite, jnp.minimum(rank, r + 1), r + 1).astype(jnp.int32)
 
 
-def _filled(rank, r, precise):
-    """Which of r columns are in use: the first `rank`; where that is above r all of them, or none."""
-    return jnp.arange(r) < jnp.where(rank > r, r if precise else 0, rank)
+def _filled(columns, rank, r, precise):
+    """Which columns are in use: the first `rank`; where that is above r, the first r or none."""
+    return jnp.arange(columns) < jnp.where(rank > r, r if precise else 0, rank)
 
 
-def _pad(x, r):
-    """To r columns."""
-    return jnp.pad(x, ((0, 0), (0, max(r - x.shape[1], 0))))
+def _fit(x, r, axis):
+    """To r entries along an axis."""
+    padding = [(0, max(r - x.shape[axis], 0)) if a == axis else (0, 0) for a in range(2)]
+    return jax.lax.slice_in_dim(jnp.pad(x, padding), 0, r, axis=axis)
 
 
-# ---- subspace iteration ------------------------------------------------------------------------------------------------
+def _energy_bound(most, gram, ritz):
+    """What share of the energy `most` directions can hold at most, from the trace and the Frobenius norm of G.
 
-
-def _subspace_iteration(r, precise, columns, matrix, threshold) -> tuple[Factors, jax.Array, jax.Array]:
-    """`(factors, whether their rank is certain, Ritz values [columns])` of a tall matrix.
-
-    Every sweep multiplies a basis X of the right space by M^T M and takes the best approximation within its span
-    (Rayleigh-Ritz: eigenvectors of (M X)^T M X). Its energy is never more than what as many singular vectors hold.
-    The start is a count sketch of the rows. X is held transposed, which is how a CPU multiplies it fastest, and nothing of
-    the matrix's size is written.
+    k of n values that sum to `rest` and whose squares sum to q' are at most k / n rest + sqrt(k (1 - k / n) (q' - rest^2 / n)),
+    reached where the k are equal and so are the others. That for all values of G, or for those beyond the first j, which are
+    at least their Ritz values. An eigenvalue above its Ritz value takes from the rest; where that could raise the bound
+    (its slope is positive), nothing is known from that j. The least of all bounds holds.
     """
-    scale, total, finite = _measure(matrix)
-    share = 1.0 / jnp.where(finite & (total > 0), total, 1.0)
-
-    def clean(thin):
-        return jnp.where(finite, thin / scale, 0.0)
-
-    def forward(x):
-        return clean(_contract(matrix, x, 1, 1))  # M X, [m, columns]
-
-    def backward(y):
-        return clean(_contract(y, matrix, 0, 0))  # (M^T Y)^T, [columns, n]
-
-    def again(state):
-        sweeps, _, (*_, certain, hopeless) = state
-        return (sweeps < SWEEPS) & ~certain & ~hopeless
-
-    def sweep(state):
-        sweeps, x, _ = state
-        x = _orthonormal_rows(x)
-        y = forward(x)
-        image = backward(y)
-        values, z = jnp.linalg.eigh(_contract(y, y, 0, 0), symmetrize_input=False)
-        values, z = values[::-1] * share, z[:, ::-1]
-        x, image = _contract(z, x, 0, 0), _contract(z, image, 0, 0) * share
-        residuals = jnp.sum((image - x * values[:, None]) ** 2, axis=1)
-        rank, certain, hopeless = _certified_rank(values, residuals, threshold, precise)
-        certain, rank = certain | (total == 0), jnp.where(total > 0, rank, 0)
-        return sweeps + 1, image, (x, y, z, values, rank, certain & finite, hopeless)
-
-    y = forward(clean(_count_sketch(matrix, columns)))
-    x = backward(_contract(y, _whitening(_contract(y, y, 0, 0), 1e-5), 1, 1))
-    square, no = jnp.zeros((columns, columns)), jnp.bool_(False)
-    nothing = (jnp.zeros_like(x), jnp.zeros_like(y), square, square[0], jnp.int32(0), no, no)
-    _, _, (x, y, z, values, rank, certain, _) = jax.lax.while_loop(again, sweep, (0, x, nothing))
-
-    rank = _counted(rank, True, r)
-    keep = _pad(_filled(rank, r, precise)[None, :columns], columns)
-    left = _pad(_contract(y, jnp.where(keep, z * scale, 0.0), 1, 0)[:, :r], r)
-    right = _pad(jnp.where(keep, x.T, 0.0)[:, :r], r).T
-    return Factors(left, right, rank), certain, values
-
-
-def _certified_rank(ritz, residuals, threshold, precise):
-    """`(K, whether no smaller rank keeps more than T, whether more sweeps are of no use)` from Ritz values as shares of the
-    energy, and the squared lengths of their residuals.
-
-    The first K Ritz vectors keep sum_{i<=K} ritz_i, so K is enough. That K - 1 are not: keep the first j >= K - 1 Ritz
-    vectors apart from everything else, whose largest eigenvalue is at most mu = ritz_{j+1} + sqrt(residuals beyond j); then
-    the K - 1 largest eigenvalues of G exceed the K - 1 largest Ritz values by no more than
-    sum_{i<=j} residual_i / (ritz_{K-1} - mu), in sum. One thing is taken for granted, that nothing outside the basis is
-    larger than its smallest Ritz values, as after sweeps from a random start; were it wrong, K would be too large, and the
-    energy kept all the same.
-    """
-    r = len(ritz)
-    kept = jnp.cumsum(ritz)
-    rank = 1 + jnp.sum(kept <= threshold + ROUNDING)
-    k = rank if precise else jnp.maximum(rank - 1, 1)  # so many Ritz values are compared with eigenvalues
-    inside = jnp.cumsum(residuals)
-    gap = ritz[k - 1] - ritz[1:] - jnp.sqrt(jnp.maximum(inside[-1] - inside[:-1], 0.0))
-    usable = (jnp.arange(1, r) >= k) & (gap > 0)
-    excess = jnp.min(jnp.where(usable, inside[:-1] / jnp.where(gap > 0, gap, 1.0), jnp.inf), initial=jnp.inf)
-    below = jnp.where(rank > 1, kept[rank - 2], -jnp.inf)
-    enough = (below + excess <= threshold - ROUNDING) & (excess <= ROUNDING if precise else True)
-    # written so that NaN, which Cholesky gives for a basis without full rank, is not certain and hopeless
-    hopeless = ~(kept[-1] > threshold - 0.3 * (1.0 - threshold))
-    return rank, enough & (kept[-1] > threshold + ROUNDING), hopeless
-
-
-def _energy_bound(k, gram, ritz):
-    """What share of the energy k directions can hold at most, from the trace and the Frobenius norm of G.
-
-    Without Ritz values: k / n + sqrt(k (1 - k / n) (q - 1 / n)), q = |G|_F^2 / tr(G)^2, reached where k eigenvalues are equal
-    and so are the others. With them, which are lower bounds of the largest eigenvalues, the same for the rest.
-    """
-    n, r = gram.shape[0], len(ritz)
+    j = jnp.arange(len(ritz) + 1)
+    n, k = len(gram) - j, jnp.maximum(most - j, 0)
     trace = jnp.trace(gram)
     q = jnp.sum((gram / jnp.where(trace > 0, trace, 1.0)) ** 2)
-    k, n, rest = k - r, n - r, 1.0 - jnp.sum(ritz)
-    spread = jnp.sqrt(jnp.maximum(q - jnp.sum(ritz**2) - rest**2 / n, 0.0) + ROUNDING * q)
-    bound = 1.0 - rest + rest * k / n + math.sqrt(max(k, 0) * (1 - k / n)) * spread
-    bound = jnp.where(trace > 0, bound, 1.0)
-    if r == 0:
-        return bound
-    plain = _energy_bound(k + r, gram, ritz[:0])
-    # eigenvalues above their Ritz values would take from the rest; where that could raise the bound, nothing is known
-    slope = 1.0 - k / n - math.sqrt(max(k, 0) * (1 - k / n)) * (ritz[-1] - rest / n) / spread
-    return jnp.where(slope <= 0, jnp.minimum(bound, plain), plain) if k > 0 else plain
-
-
-def _count_sketch(matrix, k):
-    """k sums of rows, `[k, n]`: every row is added, with a random sign, to one of them."""
-    m, _ = matrix.shape
-    signed = jax.random.rademacher(jax.random.key(0), (m, 1), matrix.dtype)
-
-    def add(i, sums):  # a slice that would reach over the end is moved back
-        rows, signs = (jax.lax.dynamic_slice_in_dim(x, i * k, k) for x in (matrix, signed))
-        return sums + rows * signs
-
-    return jax.lax.fori_loop(0, -(-m // k), add, jnp.zeros((k, matrix.shape[1])), unroll=min(-(-m // k), 16))
-
-
-def _orthonormal_rows(x):
-    return _contract(_whitening(_contract(x, x, 1, 1), 1e-3), x, 1, 0)
-
-
-def _whitening(gram, accuracy):
-    """W with W gram W^T = 1, `[k, k]`: from Cholesky where every vector keeps a share `accuracy` of its length when those
-    before it are taken out, else from eigh, with zero rows for what has no length of its own."""
-    lower = jnp.linalg.cholesky(gram, symmetrize_input=False)
-    inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(len(gram)), left_side=True, lower=True)
-    squares = jnp.diagonal(gram)
-
-    def from_eigh():
-        length = jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
-        values, z = jnp.linalg.eigh(gram * length[:, None] * length[None, :], symmetrize_input=False)
-        usable = values > 1e-6 * values[-1]
-        return (z * jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, values, 1.0)), 0.0)[None, :]).T * length[None, :]
-
-    return when(~jnp.all(jnp.diagonal(lower) ** 2 > accuracy**2 * squares), from_eigh, inverse)
-
-
-def _contract(a, b, axis_a, axis_b):
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-
-
-def _mm(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _power_of_two(largest: jax.Array) -> jax.Array:
-    """The power of two at or below a number; 1 for zero, NaN and infinity."""
-    usable = jnp.isfinite(largest) & (largest >= jnp.finfo(largest.dtype).tiny)
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
-    return jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+    known, squares = (jnp.concatenate([jnp.zeros(1), jnp.cumsum(x)]) for x in (ritz, ritz**2))
+    rest, last = 1.0 - known, jnp.concatenate([jnp.full(1, jnp.inf), ritz])
+    spread = jnp.sqrt(jnp.maximum(q - squares - rest**2 / n, 0.0) + ROUNDING * q)
+    room = jnp.sqrt(k * (1.0 - k / n))
+    bound = known + rest * k / n + room * spread
+    slope = 1.0 - k / n - room * (last - rest / n) / spread
+    return jnp.min(jnp.where((k > 0) & (slope <= 0) & (trace > 0), bound, 1.0))

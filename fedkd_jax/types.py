@@ -147,6 +147,9 @@ class Codec(NamedTuple):
     `decode_sum(payloads [K], weights [K]) -> sum_k weights[k] decode(payloads[k])` is for codecs that can add messages up
     without decoding each; what it gives must be finite where the messages are.
 
+    `init(update) -> state` is for codecs that remember something from message to message. Then
+    `encode(update, round, key, state) -> (Payload, state)`; each client and the server keep a state of their own.
+
     >>> import jax, jax.numpy as jnp
     >>> sign = Codec(encode=lambda update, round, key: Payload(
     ...                  content=jax.tree.map(jnp.sign, update), floats=jnp.int32(4), nbytes=jnp.int32(1), ranks={}),
@@ -155,9 +158,10 @@ class Codec(NamedTuple):
     [1.0, -1.0, 1.0, -1.0]
     """
 
-    encode: Callable[[PyTree, Leaf, Key], Payload]
+    encode: Callable[..., Any]
     decode: Callable[[Payload], PyTree]
     decode_sum: Callable[[Payload, Leaf], PyTree] | None = None
+    init: Callable[[PyTree], PyTree] | None = None
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -213,6 +217,7 @@ class ServerState:
     opt_state: PyTree  # of the server's optimiser
     frozen: Mapping[str, Params]  # {model name: parameters that never change}, one copy for everybody
     round: Leaf  # [] int32, rounds done
+    codec: PyTree = ()  # of the downlink, where it has a state
 
 
 @record
@@ -228,6 +233,7 @@ class ClientState:
     teacher_opt: PyTree = ()
     projection_opt: PyTree = ()
     student_opt: PyTree = ()  # only where it persists from round to round
+    codec: PyTree = ()  # of the uplink, where it has a state
 
 
 @record

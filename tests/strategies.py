@@ -150,10 +150,14 @@ def small_fedkd(layout=None, **options):
     return fedkd(teacher, student, example=example, batch=4, layout=layout, **options)
 
 
+WARM = {"method": "randomized", "warm_start": True}
 ALGORITHMS = {
     "fedkd": small_fedkd,
     "fedkd, Algorithm 1": lambda layout=None: small_fedkd(
         layout, message="gradient", steps=1, teacher_optimizer=optax.sgd(0.2)
+    ),
+    "fedkd, warm start": lambda layout=None: small_fedkd(
+        layout, uplink=svd_codec(0.8, **WARM), downlink=svd_codec(0.8, **WARM)
     ),
     "fedkd, optimiser kept": lambda layout=None: small_fedkd(
         layout, student_optimizer=optax.adam(0.05), reset_student_optimizer=False, uplink=None, downlink=None

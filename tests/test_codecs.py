@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedkd_jax import energy_threshold, identity_codec, matrix_view, payload_bytes, payload_floats, svd_codec
-from fedkd_jax.codecs import compressible_by_rank, max_factored_rank
+from fedkd_jax.codecs import compressible_by_rank, encode, init_codec, max_factored_rank
 
 KEY = jax.random.key(0)
 SHAPES = {"conv": (3, 3, 4, 8), "dense": (24, 20), "head": (20, 3), "pair": (2, 2), "bias": (20,), "gain": ()}
@@ -263,3 +263,45 @@ def test_it_compiles_for_accelerators_without_one(platform):
     text = exported.mlir_module()
     assert "lapack" not in text
     assert ("cusolver" if platform == "cuda" else "Eigh") in text
+
+
+@given(strategies.seeds, thresholds)
+def test_a_warm_start_changes_no_rank_and_keeps_the_energy(seed, hundredths):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(96, 6)) @ rng.normal(size=(6, 64))
+    cold, warm, init = jitted_warm()
+    state = init({"w": base.astype(np.float32), "t": base.T.astype(np.float32)})
+    chex.assert_shape([state["w"], state["t"]], (1, 24, 64))
+    for step in (0.0, 0.3, 0.3, 3.0):
+        x = (base := base + step * rng.normal(size=base.shape)).astype(np.float32)
+        x[0] = 0
+        update = {"w": x, "t": x.T.copy()}
+        assume(reference.margin(x, np.float32(hundredths) / np.float32(100)) > 1e-5)
+        (payload, state), expected = (
+            warm(update, jnp.int32(hundredths), KEY, state),
+            cold(update, jnp.int32(hundredths), KEY),
+        )
+        assert payload.ranks == expected.ranks
+        assert (int(payload.floats), int(payload.nbytes)) == (int(expected.floats), int(expected.nbytes))
+        decoded = svd_codec(0.9).decode(payload)
+        for name in update:
+            lost = np.sum((update[name] - np.asarray(decoded[name], np.float64)) ** 2)
+            assert lost < (1 - hundredths / 100) * np.sum(x.astype(np.float64) ** 2)
+        rank = int(payload.ranks["w"])
+        used = 0 if rank > max_factored_rank(96, 64) else min(rank, 24)
+        np.testing.assert_allclose(np.linalg.norm(state["w"][0], axis=1), np.arange(24) < used, atol=1e-3)
+
+
+@functools.cache
+def jitted_warm():
+    codec = svd_codec(over_rounds, warm_start=True)
+    return jax.jit(svd_codec(over_rounds).encode), jax.jit(codec.encode), codec.init
+
+
+def test_a_codec_with_a_state_asks_for_its_own():
+    codec, update = svd_codec(0.9, warm_start=True), {"w": jnp.ones((96, 64))}
+    with pytest.raises(ValueError, match=r"state has the structure .* allowed: .*what init_codec"):
+        encode(codec, update, 0, KEY, ())
+    payload, state = encode(codec, update, 0, KEY, init_codec(codec, update))
+    assert int(payload.ranks["w"]) == 1
+    assert list(state) == ["w"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fedkd_jax.aggregate import example_weight
+from fedkd_jax.codecs import init_codec
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import merge_params, split_params
@@ -44,7 +45,9 @@ def task_step(model: Model, optimizer: optax.GradientTransformation, loss_fn, fr
     return (optax.apply_updates(params, step), state), value
 
 
-def init_shared(model: Model, server_optimizer: optax.GradientTransformation) -> Callable[[Key], ServerState]:
+def init_shared(
+    model: Model, server_optimizer: optax.GradientTransformation, downlink: Codec | None = None
+) -> Callable[[Key], ServerState]:
     """`init_server` of a method whose server holds `model`.
 
     >>> from fedkd_jax import mlp
@@ -56,7 +59,11 @@ def init_shared(model: Model, server_optimizer: optax.GradientTransformation) ->
     def init_server(key: Key) -> ServerState:
         params, frozen = split_params(model, model.init(key))
         return ServerState(
-            params=params, opt_state=server_optimizer.init(params), frozen={"model": frozen}, round=jnp.int32(0)
+            params=params,
+            opt_state=server_optimizer.init(params),
+            frozen={"model": frozen},
+            round=jnp.int32(0),
+            codec=init_codec(downlink, params),
         )
 
     return init_server
@@ -95,15 +102,14 @@ def fedavg(
     >>> from fedkd_jax import mlp
     >>> algorithm = fedavg(mlp((64, 32, 10)), optimizer=optax.sgd(0.1), batch=10)
     >>> algorithm.init_clients(jax.random.key(0), jnp.arange(3))
-    ClientState(teacher=(), projection=(), teacher_opt=(), projection_opt=(), student_opt=())
+    ClientState(teacher=(), projection=(), teacher_opt=(), projection_opt=(), student_opt=(), codec=())
     """
     server_optimizer = server_optimizer or optax.sgd(1.0)
 
     def init_clients(key: Key, ids: Array) -> ClientState:
-        if reset_optimizer:
-            return ClientState()
         params, _ = split_params(model, model.init(key))
-        state = ClientState(student_opt=optimizer.init(params))
+        opt_state = () if reset_optimizer else optimizer.init(params)
+        state = ClientState(student_opt=opt_state, codec=init_codec(uplink, params))
         return map_clients(lambda _: (state, ()), (ids,), layout=layout)[0]
 
     def local(server: ServerState, client: ClientState, data, key: Key) -> LocalResult:
@@ -121,7 +127,7 @@ def fedavg(
         return LocalResult(client=client, message=optax.tree.sub(params, server.params), terms=task_terms(student=loss))
 
     return Algorithm(
-        init_server=init_shared(model, server_optimizer),
+        init_server=init_shared(model, server_optimizer, downlink),
         init_clients=init_clients,
         round=federated_round(
             local,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from fedkd_jax.aggregate import example_weight
+from fedkd_jax.codecs import init_codec
 from fedkd_jax.cohort import client_key
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import layer_map, mutual_distillation
@@ -169,6 +170,7 @@ def fedkd(
             opt_state=server_optimizer.init(params),
             frozen={"teacher": teacher_frozen, "student": frozen},
             round=jnp.int32(0),
+            codec=init_codec(downlink, params),
         )
 
     def init_client(key: Key) -> ClientState:
@@ -182,6 +184,7 @@ def fedkd(
             teacher_opt=teacher_optimizer.init(own),
             projection_opt=projection_optimizer.init(projection),
             student_opt=() if reset_student_optimizer else student_optimizer.init(student_params),
+            codec=init_codec(uplink, student_params),
         )
 
     def init_clients(key: Key, ids: Array) -> ClientState:

@@ -1,0 +1,225 @@
+"""Subspace iteration that knows when it has found the rank: what `svd.py` tries first on large matrices.
+
+A basis X of c directions is multiplied by M^T M, again and again; within its span, Rayleigh-Ritz finds the best directions and
+what energy they hold, never more than what as many singular vectors hold. The residuals then bound how much more those
+could hold, and so certify that no smaller rank would do (`certified_rank`).
+
+All is products of M with thin matrices and factorisations of c x c, which a GPU batches too. X is held transposed, which is how
+a CPU multiplies it fastest, and nothing of M's size is written.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from fedkd_jax.types import Array, PyTree
+
+SWEEPS = 4  # at most; what is not certain then goes to the Gram matrix
+ROUNDING = 2e-6  # float32 decides a rank only where the share of energy is further than this from T
+SMALL = 2**16  # entries of a matrix for which a condition costs more than what it saves
+
+
+def subspace_iteration(
+    matrix: Float[Array, "m n"],
+    threshold: Float[Array, ""],
+    start: Float[Array, "c n"],
+    *,
+    columns: int,
+    precise: bool,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The c directions of the right space that hold most of the energy, and whether they suffice.
+
+    Args:
+        matrix: `[m, n]` with m >= n.
+        threshold: T.
+        start: `[c, n]`, directions to begin with beside random ones, or `[0, n]`.
+        columns: c.
+        precise: whether the singular values are wanted to float32, and not only directions that keep enough energy.
+
+    Returns:
+        `(M V [m, c], V^T [c, n], Ritz values [c], rank, certain)`: eigenvalues of M^T M from below, as shares of its trace;
+        how many directions keep more than T; whether no fewer would. A matrix that is not finite gives zeros, and is not
+        certain.
+
+    >>> matrix = jnp.outer(jnp.arange(6.0), jnp.arange(5.0)) + 1e-3 * jnp.eye(6, 5)
+    >>> *_, rank, certain = subspace_iteration(matrix, jnp.float32(0.9), jnp.zeros((0, 5)), columns=3, precise=True)
+    >>> int(rank), bool(certain)
+    (1, True)
+    """
+    scale, total, finite = measure(matrix)
+    share = 1.0 / jnp.where(finite & (total > 0), total, 1.0)
+
+    def clean(thin):
+        return jnp.where(finite, thin / scale, 0.0)
+
+    def forward(x):
+        return clean(contract(matrix, x, 1, 1))  # M X, [m, c]
+
+    def backward(y):
+        return clean(contract(y, matrix, 0, 0))  # (M^T Y)^T, [c, n]
+
+    def again(state):
+        sweeps, _, (*_, certain, hopeless) = state
+        return (sweeps < SWEEPS) & ~certain & ~hopeless
+
+    def sweep(state):
+        sweeps, x, _ = state
+        x = contract(whitening(contract(x, x, 1, 1), 1e-3), x, 1, 0)
+        y = forward(x)
+        image = backward(y)
+        values, z = jnp.linalg.eigh(contract(y, y, 0, 0), symmetrize_input=False)
+        values, z = values[::-1] * share, z[:, ::-1]
+        x, image = contract(z, x, 0, 0), contract(z, image, 0, 0) * share
+        residuals = jnp.sum((image - x * values[:, None]) ** 2, axis=1)
+        rank, certain, hopeless = certified_rank(values, residuals, threshold, precise=precise)
+        certain, rank = certain | (total == 0), jnp.where(total > 0, rank, 0)
+        return sweeps + 1, image, (x, y, z, values, rank, certain & finite, hopeless)
+
+    x = clean(count_sketch(matrix, columns))
+    if len(start):
+        x = start + 0.3 * x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=1, keepdims=True), 1e-20))
+    else:
+        y = forward(x)
+        x = backward(contract(y, whitening(contract(y, y, 0, 0), 1e-5), 1, 1))
+    square, no = jnp.zeros((columns, columns)), jnp.bool_(False)
+    nothing = (jnp.zeros_like(x), jnp.zeros((len(matrix), columns)), square, square[0], jnp.int32(0), no, no)
+    _, _, (x, y, z, values, rank, certain, _) = jax.lax.while_loop(again, sweep, (0, x, nothing))
+    return contract(y, z * scale, 1, 0), x, values, rank, certain
+
+
+def certified_rank(
+    ritz: Float[Array, "c"], residuals: Float[Array, "c"], threshold: Float[Array, ""], *, precise: bool = False
+) -> tuple[Int[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
+    """`(K, whether no smaller rank keeps more than T, whether more sweeps are of no use)`.
+
+    The first K Ritz vectors keep sum_{i<=K} ritz_i > T, so K is enough. That K - 1 are not: keep the first j >= K - 1 Ritz
+    vectors apart from everything else, whose largest eigenvalue is at most mu = ritz_{j+1} + sqrt(residuals beyond j). For any
+    s > 0, [[A, C], [C^T, D]] is at most [[A + C C^T / s, 0], [0, D + s]]; with s = ritz_{K-1} - mu the K - 1 largest
+    eigenvalues on the right are in the first block, so the K - 1 largest of M^T M exceed the K - 1 largest Ritz values by no
+    more than |C|^2 / s = sum_{i<=j} residuals_i / (ritz_{K-1} - mu), in sum.
+
+    One thing is taken for granted, that nothing outside the basis is larger than its smallest Ritz values, as after sweeps
+    from a random start; were it wrong, K would be too large, and the energy kept all the same.
+
+    Args:
+        ritz: `[c]`, not increasing, as shares of the energy.
+        residuals: `[c]`, |M^T M v - ritz v|^2 in the same unit.
+        threshold: T.
+        precise: whether the K largest values themselves must be certain to float32.
+
+    >>> ritz, none = jnp.array([0.7, 0.2, 0.06, 0.01]), jnp.zeros(4)
+    >>> [x.item() for x in certified_rank(ritz, none, jnp.float32(0.8))]
+    [2, True, False]
+    >>> [x.item() for x in certified_rank(ritz, none + 1.0, jnp.float32(0.8))]
+    [2, False, False]
+    """
+    c = len(ritz)
+    kept, inside = jnp.cumsum(ritz), jnp.cumsum(residuals)
+    rank = 1 + jnp.sum(kept <= threshold + ROUNDING).astype(jnp.int32)
+    k = rank if precise else jnp.maximum(rank - 1, 1)  # so many Ritz values are compared with eigenvalues
+    gap = ritz[k - 1] - ritz[1:] - jnp.sqrt(jnp.maximum(inside[-1] - inside[:-1], 0.0))
+    usable = (jnp.arange(1, c) >= k) & (gap > 0)
+    excess = jnp.min(jnp.where(usable, inside[:-1] / jnp.where(gap > 0, gap, 1.0), jnp.inf), initial=jnp.inf)
+    below = jnp.where(rank > 1, kept[rank - 2], -jnp.inf)
+    enough = (below + excess <= threshold - ROUNDING) & (excess <= ROUNDING if precise else True)
+    # written so that NaN, which Cholesky gives for a basis without full rank, is not certain and hopeless
+    hopeless = ~(kept[-1] > threshold - 0.3 * (1.0 - threshold))
+    return rank, enough & (kept[-1] > threshold + ROUNDING), hopeless
+
+
+def count_sketch(matrix: Float[Array, "m n"], k: int) -> Float[Array, "k n"]:
+    """k sums of rows: every row is added, with a random sign, to one of them.
+
+    >>> jnp.abs(count_sketch(jnp.eye(4), 2)).sum(axis=1).tolist()
+    [2.0, 2.0]
+    """
+    m, n = matrix.shape
+    signed = jax.random.rademacher(jax.random.key(0), (m, 1), matrix.dtype)
+
+    def add(i, sums):  # a slice that would reach over the end is moved back
+        rows, signs = (jax.lax.dynamic_slice_in_dim(x, i * k, k) for x in (matrix, signed))
+        return sums + rows * signs
+
+    return jax.lax.fori_loop(0, -(-m // k), add, jnp.zeros((k, n)), unroll=min(-(-m // k), 16))
+
+
+def whitening(gram: Float[Array, "k k"], accuracy: float) -> Float[Array, "k k"]:
+    """W with W gram W^T = 1: from Cholesky where every vector keeps a share `accuracy` of its length when those before it are
+    taken out, else from eigh, with zero rows for directions that are not there.
+
+    >>> gram = jnp.array([[4.0, 2.0], [2.0, 3.0]])
+    >>> w = whitening(gram, 1e-3)
+    >>> bool(jnp.allclose(w @ gram @ w.T, jnp.eye(2), atol=1e-5))
+    True
+    """
+    lower = jnp.linalg.cholesky(gram, symmetrize_input=False)
+    inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(len(gram)), left_side=True, lower=True)
+    squares = jnp.diagonal(gram)
+
+    def from_eigh():
+        length = jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
+        values, z = jnp.linalg.eigh(gram * length[:, None] * length[None, :], symmetrize_input=False)
+        usable = values > 1e-6 * values[-1]
+        return (z * jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, values, 1.0)), 0.0)[None, :]).T * length[None, :]
+
+    return when(~jnp.all(jnp.diagonal(lower) ** 2 > accuracy**2 * squares), from_eigh, inverse)
+
+
+# ---- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    """`(scale, sum of squares of matrix / scale, whether all is finite)`, scale a power of two near the entries.
+
+    One look at a large matrix, and two more only where its squares leave float32.
+
+    >>> scale, total, finite = measure(jnp.full((2, 2), 3e-30))
+    >>> float(scale) < 1e-29, 4 < float(total) < 16, bool(finite)
+    (True, True, True)
+    """
+
+    def carefully():
+        # on a CPU a maximum may overlook a NaN; a sum does not
+        scale = power_of_two(jnp.max(jnp.abs(matrix), initial=0.0))
+        total = jnp.sum((matrix / scale) ** 2)
+        return scale, total, jnp.isfinite(total)
+
+    if matrix.size < SMALL:
+        return carefully()
+    total = jnp.sum(matrix * matrix)
+    scale = power_of_two(jnp.sqrt(total / matrix.size))
+    usual = (total > 1e-20) & (total < 1e30)
+    return when(~usual, carefully, (scale, total / scale**2, jnp.bool_(True)))
+
+
+def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+    """The power of two at or below a positive number; 1 for zero, NaN and infinity.
+
+    >>> float(power_of_two(jnp.float32(5.0)))
+    4.0
+    """
+    usable = jnp.isfinite(x) & (x >= jnp.finfo(x.dtype).tiny)
+    _, exponent = jnp.frexp(jnp.where(usable, x, 1.0))
+    return jnp.ldexp(jnp.ones_like(x), exponent - 1)
+
+
+def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """The product of two matrices over an axis of each, at highest precision: TF32 would spoil a Gram matrix.
+
+    >>> contract(jnp.ones((2, 3)), jnp.ones((5, 3)), 1, 1).shape
+    (2, 5)
+    """
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+
+
+def when(wanted: Bool[Array, ""], make: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
+    """`make()` where wanted, else `otherwise`, of the same shapes: a loop of at most one turn.
+
+    Under `vmap`, `cond` runs both branches for everybody, always; this runs `make` as soon as one of the batch wants it.
+
+    >>> jax.vmap(lambda x: when(x < 0, lambda: -x, x))(jnp.array([1, -2])).tolist()
+    [1, 2]
+    """
+    return jax.lax.while_loop(lambda c: c[0], lambda _: (jnp.bool_(False), make()), (wanted, otherwise))[1]
