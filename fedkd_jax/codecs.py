@@ -238,7 +238,7 @@ def svd_codec(
             if x.raw[0].size < SMALL:
                 raw = weighted_sum(x.raw, weights)
             else:
-                raw = when(jnp.any(~x.as_factors), lambda: weighted_sum(x.raw, weights), jnp.zeros_like(x.raw[0]))
+                raw = when(jnp.any(~x.as_factors), lambda _: weighted_sum(x.raw, weights), jnp.zeros_like(x.raw[0]))
             return low_rank.reshape(raw.shape).astype(raw.dtype) + raw
 
         return jax.tree.map(leaf, payloads.content, is_leaf=lambda x: isinstance(x, _Factored))

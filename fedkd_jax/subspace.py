@@ -61,11 +61,11 @@ def subspace_iteration(
         return clean(contract(y, matrix, 0, 0))  # (M^T Y)^T, [c, n]
 
     def again(state):
-        sweeps, _, (*_, certain, hopeless) = state
+        sweeps, hopeless, _, _, (*_, certain) = state
         return (sweeps < SWEEPS) & ~certain & ~hopeless
 
     def sweep(state):
-        sweeps, x, _ = state
+        sweeps, _, before, x, _ = state
         x = contract(whitening(contract(x, x, 1, 1), 1e-3), x, 1, 0)
         y = forward(x)
         image = backward(y)
@@ -73,26 +73,33 @@ def subspace_iteration(
         values, z = values[::-1] * share, z[:, ::-1]
         x, image = contract(z, x, 0, 0), contract(z, image, 0, 0) * share
         residuals = jnp.sum((image - x * values[:, None]) ** 2, axis=1)
-        rank, certain, hopeless = certified_rank(values, residuals, threshold, precise=precise)
+        rank, certain = certified_rank(values, residuals, threshold, precise=precise)
         certain, rank = certain | (total == 0), jnp.where(total > 0, rank, 0)
-        return sweeps + 1, image, (x, y, z, values, rank, certain & finite, hopeless)
+        kept = jnp.sum(values)
+        hopeless = ~(kept + (kept - before) > threshold)  # every sweep adds less than the last; also where kept is NaN
+        return sweeps + 1, hopeless, kept, image, (x, y, z, values, rank, certain & finite)
 
-    x = clean(count_sketch(matrix, columns))
+    x, values, no = clean(count_sketch(matrix, columns)), jnp.zeros(columns), jnp.bool_(False)
+    kept, hopeless = jnp.float32(-1.0), no
     if len(start):
         x = start + 0.3 * x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=1, keepdims=True), 1e-20))
     else:
         y = forward(x)
         x = backward(contract(y, whitening(contract(y, y, 0, 0), 1e-5), 1, 1))
-    square, no = jnp.zeros((columns, columns)), jnp.bool_(False)
-    nothing = (jnp.zeros_like(x), jnp.zeros((len(matrix), columns)), square, square[0], jnp.int32(0), no, no)
-    _, _, (x, y, z, values, rank, certain, _) = jax.lax.while_loop(again, sweep, (0, x, nothing))
+        # M^T of orthonormal columns: the squares of its singular values are Ritz values too, of M M^T
+        kept = jnp.sum(x * x) * share
+        hopeless = (kept < threshold - 0.5 * (1.0 - threshold)) & (total > 0)
+        values = when(hopeless, lambda _: jnp.linalg.eigvalsh(contract(x, x, 1, 1))[::-1] * share, values)
+    square = jnp.zeros((columns, columns))
+    nothing = (jnp.zeros_like(x), jnp.zeros((len(matrix), columns)), square, values, jnp.int32(0), no)
+    *_, (x, y, z, values, rank, certain) = jax.lax.while_loop(again, sweep, (0, hopeless, kept, x, nothing))
     return contract(y, z * scale, 1, 0), x, values, rank, certain
 
 
 def certified_rank(
     ritz: Float[Array, "c"], residuals: Float[Array, "c"], threshold: Float[Array, ""], *, precise: bool = False
-) -> tuple[Int[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
-    """`(K, whether no smaller rank keeps more than T, whether more sweeps are of no use)`.
+) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+    """`(K, whether no smaller rank keeps more than T)`.
 
     The first K Ritz vectors keep sum_{i<=K} ritz_i > T, so K is enough. That K - 1 are not: keep the first j >= K - 1 Ritz
     vectors apart from everything else, whose largest eigenvalue is at most mu = ritz_{j+1} + sqrt(residuals beyond j). For any
@@ -111,9 +118,9 @@ def certified_rank(
 
     >>> ritz, none = jnp.array([0.7, 0.2, 0.06, 0.01]), jnp.zeros(4)
     >>> [x.item() for x in certified_rank(ritz, none, jnp.float32(0.8))]
-    [2, True, False]
+    [2, True]
     >>> [x.item() for x in certified_rank(ritz, none + 1.0, jnp.float32(0.8))]
-    [2, False, False]
+    [2, False]
     """
     c = len(ritz)
     kept, inside = jnp.cumsum(ritz), jnp.cumsum(residuals)
@@ -124,9 +131,7 @@ def certified_rank(
     excess = jnp.min(jnp.where(usable, inside[:-1] / jnp.where(gap > 0, gap, 1.0), jnp.inf), initial=jnp.inf)
     below = jnp.where(rank > 1, kept[rank - 2], -jnp.inf)
     enough = (below + excess <= threshold - ROUNDING) & (excess <= ROUNDING if precise else True)
-    # written so that NaN, which Cholesky gives for a basis without full rank, is not certain and hopeless
-    hopeless = ~(kept[-1] > threshold - 0.3 * (1.0 - threshold))
-    return rank, enough & (kept[-1] > threshold + ROUNDING), hopeless
+    return rank, enough & (kept[-1] > threshold + ROUNDING)  # False for NaN, Cholesky's of a basis without full rank
 
 
 def count_sketch(matrix: Float[Array, "m n"], k: int) -> Float[Array, "k n"]:
@@ -158,7 +163,7 @@ def whitening(gram: Float[Array, "k k"], accuracy: float) -> Float[Array, "k k"]
     inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(len(gram)), left_side=True, lower=True)
     squares = jnp.diagonal(gram)
 
-    def from_eigh():
+    def from_eigh(_):
         length = jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
         values, z = jnp.linalg.eigh(gram * length[:, None] * length[None, :], symmetrize_input=False)
         usable = values > 1e-6 * values[-1]
@@ -180,7 +185,7 @@ def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array,
     (True, True, True)
     """
 
-    def carefully():
+    def carefully(_=None):
         # on a CPU a maximum may overlook a NaN; a sum does not
         scale = power_of_two(jnp.max(jnp.abs(matrix), initial=0.0))
         total = jnp.sum((matrix / scale) ** 2)
@@ -214,12 +219,13 @@ def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
-def when(wanted: Bool[Array, ""], make: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
-    """`make()` where wanted, else `otherwise`, of the same shapes: a loop of at most one turn.
+def when(wanted: Bool[Array, ""], make: Callable[[PyTree], PyTree], otherwise: PyTree) -> PyTree:
+    """`make(otherwise)` where wanted, else `otherwise`, of the same shapes: a loop of at most one turn.
 
-    Under `vmap`, `cond` runs both branches for everybody, always; this runs `make` as soon as one of the batch wants it.
+    Under `vmap`, `cond` runs both branches for everybody, always; this runs `make` as soon as one of the batch wants it. What
+    `make` overwrites of its argument is written in place.
 
-    >>> jax.vmap(lambda x: when(x < 0, lambda: -x, x))(jnp.array([1, -2])).tolist()
+    >>> jax.vmap(lambda x: when(x < 0, jnp.negative, x))(jnp.array([1, -2])).tolist()
     [1, 2]
     """
-    return jax.lax.while_loop(lambda c: c[0], lambda _: (jnp.bool_(False), make()), (wanted, otherwise))[1]
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), make(c[1])), (wanted, otherwise))[1]

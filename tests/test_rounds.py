@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedkd_jax import (
     ClientState,
+    Layout,
     Model,
     ServerState,
     client_key,
@@ -363,3 +364,16 @@ def test_every_client_gets_its_documented_key_in_every_round():
 def test_an_unknown_message_is_an_error():
     with pytest.raises(ValueError, match=r"message is 'weights'; allowed: 'update', 'gradient'"):
         mean_round("weights")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_whole_round_compiles_for_accelerators_without_one(platform):
+    codec = svd_codec(energy_threshold(0.95, 0.98, 10), method="randomized", warm_start=True)
+    algorithm = strategies.small_fedkd(Layout(chunk=3), uplink=codec, downlink=codec)
+    ids, data = jnp.arange(3), take_clients(strategies.small_data(), jnp.arange(3))
+    server, clients = algorithm.init_server(KEY), algorithm.init_clients(KEY, ids)
+    exported = jax.export.export(jax.jit(algorithm.round), platforms=[platform])(server, clients, data, ids, KEY)
+    assert exported.platforms == (platform,)
+    expected = jax.eval_shape(algorithm.round, server, clients, data, ids, KEY)
+    assert [x.shape for x in exported.out_avals] == [x.shape for x in jax.tree.leaves(expected)]
+    assert "lapack" not in exported.mlir_module()
