@@ -174,7 +174,7 @@ def svd_codec(
     if not callable(threshold) and not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; allowed: a share of energy in (0, 1]")
 
-    def init(update: PyTree) -> dict[str, Array]:
+    def init(update: PyTree) -> dict[str, Any]:
         state = {}
         for name, leaf in _named(update).items():
             b, m, n = view(name, leaf).matrices(leaf).shape if compressible(name, leaf) else (0, 1, 1)
@@ -182,7 +182,7 @@ def svd_codec(
                 state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)))
         return state
 
-    def compress(update: PyTree, round, key, state: dict[str, Array]) -> tuple[Payload, dict[str, Array]]:
+    def compress(update: PyTree, round, key, state: dict[str, Any]) -> tuple[Payload, dict[str, Any]]:
         del key
         share = threshold(round) if callable(threshold) else threshold
         content = _named(jax.lax.stop_gradient(update))
@@ -258,7 +258,7 @@ def max_factored_rank(m: int, n: int) -> int:
     return k
 
 
-def _named(tree: PyTree) -> dict[str, Array]:
+def _named(tree: PyTree) -> dict[str, Any]:
     """{path as "dense/kernel": leaf}."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -376,7 +376,7 @@ def _from_gram(r, precise, matrix, threshold, ritz, too_many) -> Factors:
     return when(finite & ~(_energy_bound(r, gram, ritz) <= threshold - ROUNDING), eigenvectors, too_many)
 
 
-def _scaled(matrix) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _scaled(matrix) -> tuple[Array, Array, Array]:
     """`(matrix / scale, scale, whether it is finite)`; zeros where it is not, because LAPACK must not see a NaN."""
     scale, _, finite = measure(matrix)
     return jnp.where(finite, matrix / scale, 0.0), scale, finite
