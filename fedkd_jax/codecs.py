@@ -17,7 +17,15 @@ from jaxtyping import Float, Int
 
 from fedkd_jax.aggregate import weighted_sum
 from fedkd_jax.subspace import SMALL, when
-from fedkd_jax.svd import MatrixView, energy_threshold, factorise, matrix_view, sketch_columns, weighted_product
+from fedkd_jax.svd import (
+    MatrixView,
+    choose_method,
+    energy_threshold,
+    factorise,
+    matrix_view,
+    sketch_columns,
+    weighted_product,
+)
 from fedkd_jax.types import Array, Codec, Key, Leaf, Number, Payload, PyTree, Schedule, record
 
 __all__ = ["energy_threshold", "identity_codec", "payload_bytes", "payload_floats", "svd_codec"]
@@ -178,7 +186,8 @@ def svd_codec(
         state = {}
         for name, leaf in _named(update).items():
             b, m, n = view(name, leaf).matrices(leaf).shape if compressible(name, leaf) else (0, 1, 1)
-            if b and max_factored_rank(m, n) > 0 and method in ("auto", "randomized"):
+            chosen = choose_method(m, n) if method == "auto" else method
+            if b and max_factored_rank(m, n) > 0 and chosen == "randomized":
                 state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)))
         return state
 
@@ -198,7 +207,7 @@ def svd_codec(
         for ((m, n), dtype), group in groups.items():
             most = max_factored_rank(m, n)
             stack = jnp.concatenate([*group.values()])
-            starts = jnp.concatenate([state[name] for name in group]) if state else None
+            starts = jnp.concatenate([state[name] for name in group]) if group.keys() <= state.keys() else None
             factors = jax.vmap(
                 lambda x, start, most=most: factorise(x, share, method=method, max_rank=most, start=start)
             )(stack, starts)
@@ -215,7 +224,7 @@ def svd_codec(
                     factors=jax.tree.map(lambda x, own=own: x[own], factors), raw=raw, as_factors=as_factors[own]
                 )
                 ranks[name] = rank[own] if len(matrices) > 1 else rank[own][0]
-                if state:
+                if name in state:
                     directions = factors.right[own] if m >= n else jnp.swapaxes(factors.left[own], 1, 2)
                     state[name] = jax.lax.dynamic_update_slice(
                         jnp.zeros_like(state[name]), directions[:, : state[name].shape[1]], (0, 0, 0)
