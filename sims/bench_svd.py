@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from fedkd_jax.codecs import max_factored_rank
 from fedkd_jax.parallel import Layout, client_mesh, map_clients, place
@@ -167,7 +168,7 @@ def plot(rows: list[dict]) -> Figure:
     stack = max(row["stack"] for row in rows if row["stack"] <= STACK)
     shown = [row for row in rows if row["stack"] == stack and row["T"] == min(r["T"] for r in rows)]
     shapes, kinds = ([*dict.fromkeys(row[key] for row in shown)] for key in ("shape", "kind"))
-    figure = Figure(figsize=(7.5, 1.0 + 1.0 * len(shapes)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.8 + 1.0 * len(shapes)), layout="constrained")
     ax = figure.add_subplot()
     marks = "os^DvP*X"
     for i, kind in enumerate(kinds):
@@ -179,10 +180,11 @@ def plot(rows: list[dict]) -> Figure:
         ax.plot([r["x split"] for r in own], height, ls="", marker=marker, color=color, mfc="white")
     ax.set(xscale="log", yticks=range(len(shapes)), yticklabels=shapes, ylim=(-0.6, len(shapes) - 0.4))
     ax.set_xlabel(
-        "time of jnp.linalg.svd / time of method='auto'; filled: vmap of the stack, hollow: split over the devices"
+        "time of jnp.linalg.svd / time of method='auto'\nfilled: vmap of the stack, hollow: split over the devices"
     )
+    ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.axvline(1, color="0.3", lw=1)
     ax.grid(axis="x", which="both", alpha=0.25)
     ax.invert_yaxis()
-    ax.legend(title=f"stack of {stack}, T = {shown[0]['T']}", fontsize=8, ncols=2, loc="lower right")
+    figure.legend(title=f"stack of {stack}, T = {shown[0]['T']}", fontsize=8, ncols=4, loc="outside upper center")
     return figure
