@@ -1,11 +1,11 @@
-"""Subspace iteration that knows when it has found the rank: what `svd.py` tries first on large matrices.
+"""Subspace iteration that knows when it has found the rank: what `svd.py` tries first on all but small matrices.
 
 A basis X of c directions is multiplied by M^T M, again and again; within its span, Rayleigh-Ritz finds the best directions and
 what energy they hold, never more than what as many singular vectors hold. The residuals then bound how much more those
 could hold, and so certify that no smaller rank would do (`certified_rank`).
 
-All is products of M with thin matrices and factorisations of c x c, which a GPU batches too. X is held transposed, which is how
-a CPU multiplies it fastest, and nothing of M's size is written.
+All is products with thin matrices and factorisations of c x c, which a GPU batches too. X is held transposed, which is how a
+CPU multiplies it fastest, and nothing of M's size is written.
 """
 
 from collections.abc import Callable
@@ -16,84 +16,84 @@ from jaxtyping import Bool, Float, Int
 
 from fedkd_jax.types import Array, PyTree
 
-SWEEPS = 4  # at most; what is not certain then goes to the Gram matrix
+SWEEPS = 4  # at most; what is not certain then needs all eigenvectors of the Gram matrix
 ROUNDING = 2e-6  # float32 decides a rank only where the share of energy is further than this from T
 SMALL = 2**16  # entries of a matrix for which a condition costs more than what it saves
 
 
 def subspace_iteration(
-    matrix: Float[Array, "m n"],
+    product: Callable[[Array], tuple[Array, Array]],
+    sketch: Float[Array, "c n"],
     threshold: Float[Array, ""],
-    start: Float[Array, "c n"],
     *,
-    columns: int,
-    precise: bool,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """The c directions of the right space that hold most of the energy, and whether they suffice.
+    start: Float[Array, "k n"] | None = None,
+    powers: int = 1,
+    precise: bool = False,
+) -> tuple[Array, Array, Array, Array]:
+    """The directions of the right space that hold most of the energy, and whether they are certain to be the fewest.
 
     Args:
-        matrix: `[m, n]` with m >= n.
+        product: X `[c, n]` -> `(M X^T, X M^T M / |M|^2)`, the second `[c, n]`; the first may be empty, `[0, c]`, if not wanted.
+            Of a matrix without energy, or not finite, both are zero.
+        sketch: `[c, n]`, what to begin with, such as `count_sketch(M, c)`.
         threshold: T.
-        start: `[c, n]`, directions to begin with beside random ones, or `[0, n]`.
-        columns: c.
+        start: better directions to begin with, `[c, n]`; rows of zeros are filled with the sketch.
+        powers: how many products are made for each look at the Ritz values, which costs an `eigh` of c x c.
         precise: whether the singular values are wanted to float32, and not only directions that keep enough energy.
 
     Returns:
-        `(M V [m, c], V^T [c, n], Ritz values [c], rank, certain)`: eigenvalues of M^T M from below, as shares of its trace;
-        how many directions keep more than T; whether no fewer would. A matrix that is not finite gives zeros, and is not
-        certain.
+        `(M V, V^T [c, n], K, whether K is certain)`, the best directions first, of which the first K keep more than T, and no
+        fewer would. Zeros where nothing is certain.
 
     >>> matrix = jnp.outer(jnp.arange(6.0), jnp.arange(5.0)) + 1e-3 * jnp.eye(6, 5)
-    >>> *_, rank, certain = subspace_iteration(matrix, jnp.float32(0.9), jnp.zeros((0, 5)), columns=3, precise=True)
+    >>> product = lambda x: (matrix @ x.T, x @ matrix.T @ matrix / jnp.sum(matrix**2))
+    >>> *_, rank, certain = subspace_iteration(product, count_sketch(matrix, 3), jnp.float32(0.9))
     >>> int(rank), bool(certain)
     (1, True)
     """
-    scale, total, finite = measure(matrix)
-    share = 1.0 / jnp.where(finite & (total > 0), total, 1.0)
+    c = len(sketch)
 
-    def clean(thin):
-        return jnp.where(finite, thin / scale, 0.0)
-
-    def forward(x):
-        return clean(contract(matrix, x, 1, 1))  # M X, [m, c]
-
-    def backward(y):
-        return clean(contract(y, matrix, 0, 0))  # (M^T Y)^T, [c, n]
+    def orthonormal(x, accuracy=1e-3):
+        return contract(whitening(contract(x, x, 1, 1), accuracy), x, 1, 0)
 
     def again(state):
         sweeps, hopeless, _, _, (*_, certain) = state
         return (sweeps < SWEEPS) & ~certain & ~hopeless
 
     def sweep(state):
-        sweeps, _, before, x, _ = state
-        x = contract(whitening(contract(x, x, 1, 1), 1e-3), x, 1, 0)
-        y = forward(x)
-        image = backward(y)
-        values, z = jnp.linalg.eigh(contract(y, y, 0, 0), symmetrize_input=False)
-        values, z = values[::-1] * share, z[:, ::-1]
-        x, image = contract(z, x, 0, 0), contract(z, image, 0, 0) * share
-        residuals = jnp.sum((image - x * values[:, None]) ** 2, axis=1)
-        rank, certain = certified_rank(values, residuals, threshold, precise=precise)
-        certain, rank = certain | (total == 0), jnp.where(total > 0, rank, 0)
-        kept = jnp.sum(values)
-        hopeless = ~(kept + (kept - before) > threshold)  # every sweep adds less than the last; also where kept is NaN
-        return sweeps + 1, hopeless, kept, image, (x, y, z, values, rank, certain & finite)
+        sweeps, _, before, image, _ = state
+        for _ in range(powers - 1):
+            _, image = product(orthonormal(image, 1e-5))
+        x = orthonormal(image)
+        y, image = product(x)
+        h = contract(x, image, 1, 1)
+        kept = jnp.trace(h)
 
-    x, values, no = clean(count_sketch(matrix, columns)), jnp.zeros(columns), jnp.bool_(False)
-    kept, hopeless = jnp.float32(-1.0), no
-    if len(start):
-        x = start + 0.3 * x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=1, keepdims=True), 1e-20))
+        def rayleigh_ritz(_):
+            values, z = jnp.linalg.eigh(h, symmetrize_input=False)
+            values, z = values[::-1], z[:, ::-1]
+            vectors, images = contract(z, x, 0, 0), contract(z, image, 0, 0)
+            residuals = jnp.sum((images - vectors * values[:, None]) ** 2, axis=1)
+            return vectors, images, z, *certified_rank(values, residuals, threshold, precise=precise)
+
+        x, image, z, *found = when(kept > threshold, rayleigh_ritz, (x, image, jnp.zeros((c, c)), *nothing))
+        hopeless = ~(kept + (kept - before) > threshold)  # every sweep adds less than the last
+        return sweeps + 1, hopeless, kept, image, (x, y, z, *found)
+
+    nothing = (jnp.int32(0), jnp.bool_(False))
+    if start is None:
+        x = orthonormal(sketch)
+        y, image = product(x)
+        kept = jnp.sum(x * image)
+        # what a sketch misses is at most some 3 times what the best c directions miss
+        hopeless = 1.0 - kept > 4.0 * (1.0 - threshold)
     else:
-        y = forward(x)
-        x = backward(contract(y, whitening(contract(y, y, 0, 0), 1e-5), 1, 1))
-        # M^T of orthonormal columns: the squares of its singular values are Ritz values too, of M M^T
-        kept = jnp.sum(x * x) * share
-        hopeless = (kept < threshold - 0.5 * (1.0 - threshold)) & (total > 0)
-        values = when(hopeless, lambda _: jnp.linalg.eigvalsh(contract(x, x, 1, 1))[::-1] * share, values)
-    square = jnp.zeros((columns, columns))
-    nothing = (jnp.zeros_like(x), jnp.zeros((len(matrix), columns)), square, values, jnp.int32(0), no)
-    *_, (x, y, z, values, rank, certain) = jax.lax.while_loop(again, sweep, (0, hopeless, kept, x, nothing))
-    return contract(y, z * scale, 1, 0), x, values, rank, certain
+        length = jnp.maximum(jnp.sum(sketch * sketch, axis=1, keepdims=True), 1e-20)
+        image = start + 0.3 * sketch * jax.lax.rsqrt(length)
+        y, kept, hopeless = jax.eval_shape(product, image)[0], jnp.float32(-1.0), jnp.bool_(False)
+    state = (0, hopeless, kept, image, (jnp.zeros_like(image), jnp.zeros(y.shape), jnp.zeros((c, c)), *nothing))
+    *_, (x, y, z, rank, certain) = jax.lax.while_loop(again, sweep, state)
+    return contract(y, z, 1, 0), x, rank, certain
 
 
 def certified_rank(

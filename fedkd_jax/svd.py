@@ -20,6 +20,7 @@ none (`stop_gradient`). Who wants the straight-through gradient writes `x + stop
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
 
-from fedkd_jax.subspace import ROUNDING, SMALL, contract, measure, power_of_two, subspace_iteration, when
+from fedkd_jax.subspace import ROUNDING, SMALL, contract, count_sketch, measure, power_of_two, subspace_iteration, when
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
 METHODS = ("auto", "svd", "gram", "randomized")
@@ -180,7 +181,7 @@ def reconstruct(low_rank: LowRank) -> Float[Array, "m n"]:
 
 def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Array, "m n"]:
     """The sum over clients of w_k left_k right_k, `[m, n]`, as one matrix product of inner size k r: no client's own matrix is
-    built. Where no client uses more than a quarter of the r columns, the others take no part.
+    built. Columns that no client uses take no part, in steps of a quarter and a half of r.
 
     Args:
         factors: of k clients, `left [k, m, r]`, `right [k, r, n]`, `rank [k]`.
@@ -193,18 +194,15 @@ def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Arra
     [10.0, 13.0, 16.0]
     """
     _, m, r = factors.left.shape
-    n, narrow = factors.right.shape[-1], r // 4
-    used = jnp.max(jnp.where(factors.rank > r, 0, factors.rank), initial=0)
+    n = factors.right.shape[-1]
 
-    def product(columns):
+    def add(columns, _):
         left = factors.left[..., :columns] * weights[:, None, None]
         axes = (((0, 2), (0, 1)), ((), ()))
         return jax.lax.dot_general(left, factors.right[:, :columns], axes, precision=jax.lax.Precision.HIGHEST)
 
-    if m * n < SMALL:
-        return product(r)
-    few = when(used > 0, lambda _: product(narrow), jnp.zeros((m, n)))
-    return when(used > narrow, lambda _: product(r), few)
+    used = jnp.max(jnp.where(factors.rank > r, 0, factors.rank), initial=0)
+    return _only_used(used, r, m * n, add, jnp.zeros((m, n)))
 
 
 class MatrixView(NamedTuple):
@@ -273,13 +271,10 @@ def choose_method(m: int, n: int) -> str:
     3072 x 768  41 / 11       45 / 54
     ==========  ============  =========================
 
-    The rule weighs six thin products, 12 m n c, against the Gram matrix and its eigenvectors, 2 m n^2 + 24 n^3.
-
     >>> [choose_method(*shape) for shape in ((768, 768), (30522, 128), (10, 128))]
-    ['randomized', 'gram', 'gram']
+    ['randomized', 'randomized', 'gram']
     """
-    m, n = max(m, n), min(m, n)
-    return "randomized" if n >= 48 and 6 * sketch_columns(n) * m <= n * (m + 12 * n) else "gram"
+    return "randomized" if min(m, n) >= 48 else "gram"
 
 
 def sketch_columns(n: int) -> int:
@@ -313,7 +308,7 @@ def _factorise(matrix, threshold, method, r, precise, start=None) -> Factors:
     # On a CPU `vmap` becomes a loop: two batched LAPACK calls of different shapes in one program can hang there for good
     # (jax 0.10.2, two cores), and batches are serial from jax 0.11 on anyway. On a GPU eigh is truly batched.
     one_by_one = jax.custom_batching.sequential_vmap(run)
-    start = jnp.zeros((0, n)) if start is None else jax.lax.stop_gradient(start)
+    start = None if start is None else jax.lax.stop_gradient(start)
     return jax.lax.platform_dependent(matrix, jnp.float32(threshold), start, cpu=one_by_one, default=run)
 
 
@@ -321,59 +316,90 @@ def _svd(r, precise, matrix, threshold, start) -> Factors:
     del start
     scaled, scale, finite = _scaled(matrix)
     u, s, vt = jnp.linalg.svd(scaled, full_matrices=False)
-    rank = _counted(retained_rank(s, threshold), finite, r)
-    keep = _filled(rank, r, precise)
-    left = jnp.where(keep[None, :], (u * s[None, :])[:, :r] * scale, 0.0)
-    return Factors(left, jnp.where(keep[:, None], vt[:r], 0.0), rank)
+    return _sent(u * (s * scale)[None, :], vt, jnp.where(finite, retained_rank(s, threshold), r + 1), r, precise)
 
 
-def _gram(r, precise, matrix, threshold, start) -> Factors:
-    del start
-    return _from_gram(r, precise, matrix, threshold, jnp.zeros(0), _too_many(matrix, r))
+def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
+    """Eigenvectors of G = M^T M: by subspace iteration where so many columns are enough, otherwise all of them, unless sums
+    over G show that r are too few."""
+    scaled, scale, finite = _scaled(matrix)
+    gram = contract(scaled, scaled, 0, 0)
+    trace = jnp.trace(gram)
+    gram = gram / jnp.where(trace > 0, trace, 1.0)
+
+    def product(x):
+        return jnp.zeros((0, columns)), contract(x, gram, 1, 0)
+
+    def eigenvectors(_):
+        values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
+        return v[:, ::-1].T[:r], retained_rank(jnp.sqrt(jnp.maximum(values[::-1], 0.0)), threshold)
+
+    right, rank, wanted = jnp.zeros((r, len(gram))), jnp.where(trace > 0, r + 1, 0), trace > 0
+    if columns:
+        sketch = count_sketch(gram, columns)
+        _, x, found, certain = subspace_iteration(product, sketch, threshold, start=start, powers=3, precise=precise)
+        right, rank, wanted = _resized(x, right.shape), jnp.where(certain, found, rank), wanted & ~certain
+    if not precise and r < len(gram):
+        wanted &= _energy_bound(r, gram) > threshold - ROUNDING
+    right, rank = when(wanted, eigenvectors, (right, rank))
+    rank = jnp.where(finite, rank, r + 1)
+    keep = _kept(rank, r, r, precise)
+
+    def fill(columns, left):
+        return left.at[:, :columns].set(contract(scaled, right[:columns] * scale, 1, 1))
+
+    left = _only_used(jnp.sum(keep), r, matrix.size, fill, jnp.zeros((len(matrix), r)))
+    return _sent(left, right, rank, r, precise)
 
 
 def _randomized(r, precise, matrix, threshold, start) -> Factors:
-    """Subspace iteration, and the Gram matrix where that leaves the rank undecided."""
+    """Subspace iteration, and all eigenvectors of the Gram matrix where that leaves the rank undecided."""
     c = sketch_columns(matrix.shape[1])
-    left, right, ritz, found, certain = subspace_iteration(matrix, threshold, start, columns=c, precise=precise)
+    if matrix.shape[1] <= 4 * c:  # products with G cost less than with M, even with that for G itself
+        return _gram(r, precise, matrix, threshold, start, columns=c)
+    scale, total, finite = measure(matrix)
+    share = 1.0 / jnp.where(finite & (total > 0), total, 1.0)
 
-    def thin(empty):
-        rank, w = _counted(found, True, r), min(r, c)
-        keep = _filled(rank, r, precise)[:w]
-        return Factors(
-            empty.left.at[:, :w].set(jnp.where(keep[None, :], left[:, :w], 0.0)),
-            empty.right.at[:w].set(jnp.where(keep[:, None], right[:w], 0.0)),
-            rank,
-        )
+    def clean(thin):
+        return jnp.where(finite, thin / scale, 0.0)
 
-    factors = when(certain, thin, _too_many(matrix, r))
-    return when(~certain, lambda empty: _from_gram(r, precise, matrix, threshold, ritz, empty), factors)
+    def product(x):
+        y = clean(contract(matrix, x, 1, 1))
+        return y, clean(contract(y, matrix, 0, 0)) * share
 
-
-def _too_many(matrix, r) -> Factors:
-    m, n = matrix.shape
-    return Factors(jnp.zeros((m, r)), jnp.zeros((r, n)), jnp.int32(r + 1))
+    sketch = clean(count_sketch(matrix, c))
+    left, right, rank, certain = subspace_iteration(product, sketch, threshold, start=start, precise=precise)
+    certain = finite & (certain | (total == 0))
+    few = _sent(left * scale, right, jnp.where(certain, rank, r + 1), r, precise)
+    return when(~certain, lambda _: _gram(r, precise, matrix, threshold, None), few)
 
 
-def _from_gram(r, precise, matrix, threshold, ritz, too_many) -> Factors:
-    """Eigenvectors of M^T M, unless sums over it show that r are too few."""
-    scaled, scale, finite = _scaled(matrix)
-    gram = contract(scaled, scaled, 0, 0)
+def _sent(left, right, rank, r, precise) -> Factors:
+    """The first `rank` of k directions, `left [m, k]` and `right [k, n]`, in r columns."""
+    keep = _kept(rank, r, len(right), precise)
+    left, right = jnp.where(keep[None, :], left, 0.0), jnp.where(keep[:, None], right, 0.0)
+    rank = jnp.minimum(rank, r + 1).astype(jnp.int32)
+    return Factors(_resized(left, (len(left), r)), _resized(right, (r, right.shape[1])), rank)
 
-    def eigenvectors(empty):
-        values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
-        rank = _counted(retained_rank(jnp.sqrt(jnp.maximum(values[::-1], 0.0)), threshold), finite, r)
-        keep = _filled(rank, r, precise)
-        right = jnp.where(keep[None, :], v[:, ::-1][:, :r], 0.0)
-        few = r if matrix.size < SMALL else r // 4  # which is often enough
-        left = empty.left.at[:, :few].set(contract(scaled, right[:, :few] * scale, 1, 0))
-        if few < r:
-            left = when(keep.sum() > few, lambda _: contract(scaled, right * scale, 1, 0), left)
-        return Factors(left, right.T, rank)
 
-    if precise or r == len(gram):
-        return eigenvectors(too_many)
-    return when(finite & ~(_energy_bound(r, gram, ritz) <= threshold - ROUNDING), eigenvectors, too_many)
+def _kept(rank, r, k, precise):
+    """Which of k directions travel: the first `rank`; where that is above r, the first r or none."""
+    return jnp.arange(k) < jnp.where(rank > r, r if precise else 0, rank)
+
+
+def _resized(x, shape):
+    """Cut, or filled up with zeros."""
+    return jax.lax.pad(x, 0.0, [(0, new - old, 0) for new, old in zip(shape, x.shape, strict=True)])
+
+
+def _only_used(used, r, size, make, nothing):
+    """`make(columns, nothing)` with a quarter, a half or all of r columns, the fewest that hold those used, or `nothing` where
+    none is; of small matrices always all."""
+    if size < SMALL:
+        return make(r, nothing)
+    for fewer, columns in itertools.pairwise((0, r // 4, r // 2, r)):
+        nothing = when((used > fewer) & (used <= columns), functools.partial(make, columns), nothing)
+    return nothing
 
 
 def _scaled(matrix) -> tuple[Array, Array, Array]:
@@ -382,32 +408,12 @@ def _scaled(matrix) -> tuple[Array, Array, Array]:
     return jnp.where(finite, matrix / scale, 0.0), scale, finite
 
 
-def _counted(rank, finite, r):
-    """What `Factors.rank` says."""
-    return jnp.where(finite, jnp.minimum(rank, r + 1), r + 1).astype(jnp.int32)
+def _energy_bound(most, gram):
+    """What share of the energy `most` directions can hold at most, from the trace (1) and the Frobenius norm of G.
 
-
-def _filled(rank, r, precise):
-    """Which of r columns are in use: the first `rank`; where that is above r, all or none."""
-    return jnp.arange(r) < jnp.where(rank > r, r if precise else 0, rank)
-
-
-def _energy_bound(most, gram, ritz):
-    """What share of the energy `most` directions can hold at most, from the trace and the Frobenius norm of G.
-
-    k of n values that sum to `rest` and whose squares sum to q' are at most k / n rest + sqrt(k (1 - k / n) (q' - rest^2 / n)),
-    reached where the k are equal and so are the others. That for all values of G, or for those beyond the first j, which are
-    at least their Ritz values. An eigenvalue above its Ritz value takes from the rest; where that could raise the bound
-    (its slope is positive), nothing is known from that j. The least of all bounds holds.
+    k of n values that sum to 1 and whose squares sum to q are at most k / n + sqrt(k (1 - k / n) (q - 1 / n)), reached where
+    the k are equal and so are the others.
     """
-    j = jnp.arange(len(ritz) + 1)
-    n, k = len(gram) - j, jnp.maximum(most - j, 0)
-    trace = jnp.trace(gram)
-    q = jnp.sum((gram / jnp.where(trace > 0, trace, 1.0)) ** 2)
-    known, squares = (jnp.concatenate([jnp.zeros(1), jnp.cumsum(x)]) for x in (ritz, ritz**2))
-    rest, last = 1.0 - known, jnp.concatenate([jnp.full(1, jnp.inf), ritz])
-    spread = jnp.sqrt(jnp.maximum(q - squares - rest**2 / n, 0.0) + ROUNDING * q)
-    room = jnp.sqrt(k * (1.0 - k / n))
-    bound = known + rest * k / n + room * spread
-    slope = 1.0 - k / n - room * (last - rest / n) / spread
-    return jnp.min(jnp.where((k > 0) & (slope <= 0) & (trace > 0), bound, 1.0))
+    n = len(gram)
+    q = jnp.sum(gram * gram) * (1.0 + ROUNDING)
+    return most / n + jnp.sqrt(most * (1.0 - most / n) * jnp.maximum(q - 1.0 / n, 0.0))
