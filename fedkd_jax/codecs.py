@@ -165,7 +165,7 @@ def svd_codec(
             `[layers, m, n]`: `lambda path, leaf: matrix_view(leaf.shape, stack=1)`.
         method: as in `truncated_svd`.
         warm_start: whether each sender keeps the directions of its last message, `[columns, min(m, n)]` of every matrix, and
-            begins its next subspace iteration there: two of six thin products saved where they change little. Ranks are
+            begins its next subspace iteration there, which saves two of four products where they change little. Ranks are
             certified all the same; which directions are sent, and so the last digits of a result, then depend on what the
             sender sent before. Off by default for that, and because the state must be kept for every client.
 

@@ -5,12 +5,12 @@ Three factorisations find the smallest rank, each with its cost:
 
 "svd"         `jnp.linalg.svd`: LAPACK's, all singular vectors of both sides.
 "gram"        eigenvectors V of the smaller Gram matrix G = M^T M, then U S = M V.
-"randomized"  `subspace_iteration` on a few random columns until the rank is certain, which takes a handful of thin matrix
-              products where the energy lies in few directions; "gram" where it stays uncertain.
+"randomized"  `subspace_iteration` from a few random directions until the rank is certain, which takes a handful of thin matrix
+              products, of M or of G, where the energy lies in few directions; "gram" where it stays uncertain.
 
-"auto" is "randomized" where the matrix is large enough and not too tall, else "gram" (`choose_method`, which holds the
-measurements). Where the caller has no use for more than `max_rank` directions, two sums over G can show that more are
-needed, and nothing is factorised at all (`_energy_bound`).
+"auto" is "randomized" for all but small matrices (`choose_method`, which holds the measurements). Where the caller has no use
+for more than `max_rank` directions, two sums over G can show that more are needed, and nothing is factorised at all
+(`_energy_bound`).
 
 A matrix is first divided by a power of two near its largest entry, because squares of 1e-20 or 1e+20 leave float32. All
 products are at highest precision: TF32 would spoil the Gram matrix.

@@ -151,7 +151,8 @@ def bench_svd(interleave: Callable, devices: int, quick: bool) -> Iterator[dict]
                 calls = {
                     name: lambda fn=fn, arg=arg: jax.block_until_ready(fn(arg)) for name, (fn, arg) in programs.items()
                 }
-                times = interleave(calls, 1 if quick or count == 64 else 3)
+                repeats = 15 if stack.size < 2**20 else 3  # milliseconds, or seconds
+                times = interleave(calls, 1 if quick or count == 64 else repeats)
                 each = {f"{name} ms": 1e3 * t["wall"] / count for name, t in times.items()}
                 each[f"{choose_method(m, n)} ms"] = each["auto ms"]
                 gains = {f"x {name}": each[f"{name} ms"] / each["auto ms"] for name in ("vmap", "split")}
