@@ -36,7 +36,8 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def weighted_sum(updates: PyTree, weights: Float[Array, "k"]) -> PyTree:
-    """sum_k weights[k] updates[k] over the leading axis `[k]`; a weight of zero adds exact zeros, whatever the update holds.
+    """sum_k weights[k] updates[k] over the leading axis `[k]`, in float32 or wider; a weight of zero adds exact zeros, whatever
+    the update holds.
 
     >>> float(weighted_sum({"w": jnp.array([jnp.nan, 3.0])}, jnp.array([0.0, 2.0]))["w"])
     6.0
@@ -44,7 +45,7 @@ def weighted_sum(updates: PyTree, weights: Float[Array, "k"]) -> PyTree:
 
     def leaf(x):
         w = weights.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(w > 0, w * x, 0).sum(axis=0).astype(x.dtype)
+        return jnp.where(w > 0, w * x, 0).sum(axis=0)
 
     return jax.tree.map(leaf, updates)
 

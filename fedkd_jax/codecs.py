@@ -7,7 +7,6 @@ message's constant header, not counted.
 """
 
 import collections
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from fedkd_jax.svd import (
     sketch_columns,
     weighted_product,
 )
-from fedkd_jax.types import Array, Codec, Key, Leaf, Number, Payload, PyTree, Schedule, record
+from fedkd_jax.types import Array, Codec, Factors, Key, Leaf, Number, Payload, PyTree, Schedule, record
 
 __all__ = ["energy_threshold", "identity_codec", "payload_bytes", "payload_floats", "svd_codec"]
 
@@ -120,7 +119,7 @@ def encode(codec: Codec, update: PyTree, round: Leaf, key: Key, state: PyTree) -
 
 
 def compressible_by_rank(path: str, leaf: Array) -> bool:
-    """Default choice of `svd_codec`: every leaf with two axes or more.
+    """Default choice of `svd_codec`: every leaf with two axes or more (leaves that are not floating point go raw anyway).
 
     >>> import numpy as np
     >>> compressible_by_rank("dense/kernel", np.zeros((4, 3))), compressible_by_rank("dense/bias", np.zeros(3))
@@ -152,8 +151,9 @@ def svd_codec(
     """FedKD's compression: each matrix as the factors of the smallest rank that keeps more than T of its energy.
 
     A matrix goes as factors only where K (m + n) + K^2 < m n, the paper's rule; otherwise it goes raw and decodes to exactly
-    itself, so a message never costs more than `identity_codec`'s. A matrix with a NaN or infinite entry goes raw.
-    Matrices of one shape, of all leaves, are factorised together.
+    itself, so a message never costs more than `identity_codec`'s, but for the 4 bytes of a K. A matrix with a NaN or infinite
+    entry goes raw. Matrices of one shape, of all leaves, are factorised together, in float32; the factors of a 16-bit leaf
+    are rounded to its dtype, which may cost more energy than T allows.
 
     Decoding has no gradient with respect to the update. For the straight-through one, in a loss that looks through the codec,
     write `update + stop_gradient(decode(encode(update)) - update)`.
@@ -165,9 +165,10 @@ def svd_codec(
             `[layers, m, n]`: `lambda path, leaf: matrix_view(leaf.shape, stack=1)`.
         method: as in `truncated_svd`.
         warm_start: whether each sender keeps the directions of its last message, `[columns, min(m, n)]` of every matrix, and
-            begins its next subspace iteration there, which saves two of four products where they change little. Ranks are
-            certified all the same; which directions are sent, and so the last digits of a result, then depend on what the
-            sender sent before. Off by default for that, and because the state must be kept for every client.
+            begins its next subspace iteration there, which saves two of four products with a large matrix that changes little
+            (nothing on the matrices of a small MLP). No effect with method "svd" or "gram". Ranks are certified all the
+            same; which directions are sent, and so the last digits of a result, then depend on what the sender sent
+            before. Off by default for that, and because the state must be kept for every client.
 
     Raises:
         ValueError: a constant threshold outside (0, 1].
@@ -182,13 +183,20 @@ def svd_codec(
     if not callable(threshold) and not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; allowed: a share of energy in (0, 1]")
 
+    def matrices_of(name: str, leaf: Array) -> Array | None:
+        """`[b, m, n]` of a leaf that may travel as factors."""
+        if not (jnp.issubdtype(leaf.dtype, jnp.floating) and compressible(name, leaf)):
+            return None
+        matrices = view(name, leaf).matrices(leaf)
+        return matrices if max_factored_rank(*matrices.shape[1:]) > 0 else None
+
     def init(update: PyTree) -> dict[str, Any]:
         state = {}
         for name, leaf in _named(update).items():
-            b, m, n = view(name, leaf).matrices(leaf).shape if compressible(name, leaf) else (0, 1, 1)
-            chosen = choose_method(m, n) if method == "auto" else method
-            if b and max_factored_rank(m, n) > 0 and chosen == "randomized":
-                state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)))
+            if (matrices := matrices_of(name, leaf)) is not None:
+                b, m, n = matrices.shape
+                if (choose_method(m, n) if method == "auto" else method) == "randomized":
+                    state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)))
         return state
 
     def compress(update: PyTree, round, key, state: dict[str, Any]) -> tuple[Payload, dict[str, Any]]:
@@ -199,8 +207,7 @@ def svd_codec(
         groups, ranks, state = collections.defaultdict(dict), {}, dict(state)
         floats, nbytes = jnp.int32(0), jnp.int32(0)
         for name, leaf in content.items():
-            matrices = view(name, leaf).matrices(leaf) if compressible(name, leaf) else None
-            if matrices is not None and max_factored_rank(*matrices.shape[1:]) > 0:
+            if (matrices := matrices_of(name, leaf)) is not None:
                 groups[matrices.shape[1:], leaf.dtype][name] = matrices
             else:
                 floats, nbytes = floats + leaf.size, nbytes + leaf.nbytes
@@ -211,6 +218,8 @@ def svd_codec(
             factors = jax.vmap(
                 lambda x, start, most=most: factorise(x, share, method=method, max_rank=most, start=start)
             )(stack, starts)
+            # they travel as wide as the leaf is
+            factors = Factors(factors.left.astype(dtype), factors.right.astype(dtype), factors.rank)
             as_factors = factors.rank <= most
             k = jnp.where(as_factors, factors.rank, 0)
             sent = jnp.where(as_factors, k * (m + n), m * n)
@@ -226,6 +235,7 @@ def svd_codec(
                 ranks[name] = rank[own] if len(matrices) > 1 else rank[own][0]
                 if name in state:
                     directions = factors.right[own] if m >= n else jnp.swapaxes(factors.left[own], 1, 2)
+                    directions = directions.astype(state[name].dtype)
                     state[name] = jax.lax.dynamic_update_slice(
                         jnp.zeros_like(state[name]), directions[:, : state[name].shape[1]], (0, 0, 0)
                     )
@@ -236,23 +246,33 @@ def svd_codec(
         return compress(update, round, key, {})[0]
 
     def decode(payload: Payload) -> PyTree:
-        one = jax.tree.map(lambda x: x[None], payload.content)
-        return decode_sum(dataclasses.replace(payload, content=one), jnp.ones(1))
+        def leaf(x):
+            return _decoded(jax.tree.map(lambda y: y[None], x), jnp.ones(1)).astype(x.raw.dtype)
+
+        return jax.tree.map(
+            lambda x: leaf(x) if isinstance(x, _Factored) else x,
+            payload.content,
+            is_leaf=lambda x: isinstance(x, _Factored),
+        )
 
     def decode_sum(payloads: Payload, weights: Float[Array, "k"]) -> PyTree:
-        def leaf(x):
-            if not isinstance(x, _Factored):
-                return weighted_sum(x, weights)
-            low_rank = jax.vmap(lambda factors: weighted_product(factors, weights), in_axes=1)(x.factors)
-            if x.raw[0].size < SMALL:
-                raw = weighted_sum(x.raw, weights)
-            else:
-                raw = when(jnp.any(~x.as_factors), lambda _: weighted_sum(x.raw, weights), jnp.zeros_like(x.raw[0]))
-            return low_rank.reshape(raw.shape).astype(raw.dtype) + raw
-
-        return jax.tree.map(leaf, payloads.content, is_leaf=lambda x: isinstance(x, _Factored))
+        return jax.tree.map(
+            lambda x: _decoded(x, weights) if isinstance(x, _Factored) else weighted_sum(x, weights),
+            payloads.content,
+            is_leaf=lambda x: isinstance(x, _Factored),
+        )
 
     return Codec(compress, decode, decode_sum, init) if warm_start else Codec(encode, decode, decode_sum)
+
+
+def _decoded(x: _Factored, weights: Float[Array, "k"]) -> Array:
+    """The weighted sum of k clients' messages of one leaf."""
+    low_rank = jax.vmap(lambda factors: weighted_product(factors, weights), in_axes=1)(x.factors)
+    shape = x.raw.shape[1:]
+    if x.raw[0].size < SMALL:
+        return low_rank.reshape(shape) + weighted_sum(x.raw, weights)
+    some_raw = jnp.any(~x.as_factors & (weights > 0)[:, None])
+    return low_rank.reshape(shape) + when(some_raw, lambda _: weighted_sum(x.raw, weights), jnp.zeros(shape))
 
 
 def max_factored_rank(m: int, n: int) -> int:

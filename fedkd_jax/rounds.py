@@ -34,7 +34,7 @@ def federated_round(
 
     1. `local_fn(server, client, data, key) -> LocalResult` for every client, with the key of that client and round.
     2. The client's message is encoded; its cost is counted.
-    3. The server decodes and averages. A client whose message or new state is not finite has weight zero.
+    3. The server averages what the messages decode to. A client whose message or new state is not finite has weight zero.
     4. The average is encoded again, every client of the cohort is charged for it, and everyone applies what it decodes to.
 
     `key` is the run's key, the same in every round: `server.round` and the ids are folded in here. Clients outside the

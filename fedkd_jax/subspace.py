@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from fedkd_jax.types import Array, PyTree
 
 SWEEPS = 4  # at most; what is not certain then needs all eigenvectors of the Gram matrix
-ROUNDING = 2e-6  # float32 decides a rank only where the share of energy is further than this from T
-SMALL = 2**16  # entries of a matrix for which a condition costs more than what it saves
+ROUNDING = 5e-6  # float32 decides a rank only where the share of energy is further than this from T
+SMALL = 2**16  # with fewer entries than this, a condition costs more than it saves
 
 
 def subspace_iteration(
@@ -37,13 +37,14 @@ def subspace_iteration(
             Of a matrix without energy, or not finite, both are zero.
         sketch: `[c, n]`, what to begin with, such as `count_sketch(M, c)`.
         threshold: T.
-        start: better directions to begin with, `[c, n]`; rows of zeros are filled with the sketch.
-        powers: how many products are made for each look at the Ritz values, which costs an `eigh` of c x c.
-        precise: whether the singular values are wanted to float32, and not only directions that keep enough energy.
+        start: better directions to begin with, `[c, n]`, unit rows or rows of zeros; a little of the sketch is added to each,
+            so that what is new in M since then is not missed.
+        powers: products between two looks at the Ritz values; each look costs an `eigh` of c x c.
+        precise: whether the sum of the K largest eigenvalues must be certain too, and not only that K directions keep enough.
 
     Returns:
         `(M V, V^T [c, n], K, whether K is certain)`, the best directions first, of which the first K keep more than T, and no
-        fewer would. Zeros where nothing is certain.
+        fewer would. Not to be used where K is not certain.
 
     >>> matrix = jnp.outer(jnp.arange(6.0), jnp.arange(5.0)) + 1e-3 * jnp.eye(6, 5)
     >>> product = lambda x: (matrix @ x.T, x @ matrix.T @ matrix / jnp.sum(matrix**2))
@@ -64,7 +65,8 @@ def subspace_iteration(
         sweeps, _, before, image, _ = state
         for _ in range(powers - 1):
             _, image = product(orthonormal(image, 1e-5))
-        x = orthonormal(orthonormal(image))  # once leaves errors of 1e-3 where M^T M spreads the directions' lengths widely
+        # twice: once leaves errors of 1e-3 where M^T M has made some directions much longer than others
+        x = orthonormal(orthonormal(image))
         y, image = product(x)
         h = contract(x, image, 1, 1)
         kept = jnp.trace(h)
@@ -114,7 +116,7 @@ def certified_rank(
         ritz: `[c]`, not increasing, as shares of the energy.
         residuals: `[c]`, |M^T M v - ritz v|^2 in the same unit.
         threshold: T.
-        precise: whether the K largest values themselves must be certain to float32.
+        precise: whether the sum of the K largest must be certain too.
 
     >>> ritz, none = jnp.array([0.7, 0.2, 0.06, 0.01]), jnp.zeros(4)
     >>> [x.item() for x in certified_rank(ritz, none, jnp.float32(0.8))]
@@ -130,12 +132,14 @@ def certified_rank(
     usable = (jnp.arange(1, c) >= k) & (gap > 0)
     excess = jnp.min(jnp.where(usable, inside[:-1] / jnp.where(gap > 0, gap, 1.0), jnp.inf), initial=jnp.inf)
     below = jnp.where(rank > 1, kept[rank - 2], -jnp.inf)
-    enough = (below + excess <= threshold - ROUNDING) & (excess <= ROUNDING if precise else True)
-    return rank, enough & (kept[-1] > threshold + ROUNDING)  # False for NaN, Cholesky's of a basis without full rank
+    fewer_fail = below + excess <= threshold - ROUNDING
+    fewest = fewer_fail & (excess <= ROUNDING) if precise else fewer_fail | (rank == 1)
+    # False for NaN, Cholesky's of a basis without full rank
+    return rank, fewest & (kept[-1] > threshold + ROUNDING) & (threshold < 1)
 
 
 def count_sketch(matrix: Float[Array, "m n"], k: int) -> Float[Array, "k n"]:
-    """k sums of rows: every row is added, with a random sign, to one of them.
+    """k sums of rows: every row is added, with a random sign, to one of them (some to two, where k does not divide m).
 
     >>> jnp.abs(count_sketch(jnp.eye(4), 2)).sum(axis=1).tolist()
     [2.0, 2.0]
@@ -176,7 +180,8 @@ def whitening(gram: Float[Array, "k k"], accuracy: float) -> Float[Array, "k k"]
 
 
 def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
-    """`(scale, sum of squares of matrix / scale, whether all is finite)`, scale a power of two near the entries.
+    """`(scale, sum of squares of matrix / scale, whether all is finite)`, scale a power of two near the entries. A matrix whose
+    Frobenius norm leaves float32 counts as not finite: its factors would.
 
     One look at a large matrix, and two more only where its squares leave float32.
 
@@ -189,7 +194,7 @@ def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array,
         # on a CPU a maximum may overlook a NaN; a sum does not
         scale = power_of_two(jnp.max(jnp.abs(matrix), initial=0.0))
         total = jnp.sum((matrix / scale) ** 2)
-        return scale, total, jnp.isfinite(total)
+        return scale, total, jnp.sqrt(total) * scale < jnp.finfo(jnp.float32).max
 
     if matrix.size < SMALL:
         return carefully()

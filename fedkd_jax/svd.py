@@ -12,11 +12,11 @@ Three factorisations find the smallest rank, each with its cost:
 for more than `max_rank` directions, two sums over G can show that more are needed, and nothing is factorised at all
 (`_energy_bound`).
 
-A matrix is first divided by a power of two near its largest entry, because squares of 1e-20 or 1e+20 leave float32. All
-products are at highest precision: TF32 would spoil the Gram matrix.
+A matrix, or its thin products, is divided by a power of two near its entries, because squares of 1e-20 or 1e+20 leave
+float32. All products are at highest precision: TF32 would spoil the Gram matrix.
 
 Nothing here is differentiated: gradients through an SVD are NaN wherever singular values repeat or vanish, so the factors carry
-none (`stop_gradient`). Who wants the straight-through gradient writes `x + stop_gradient(decode(encode(x)) - x)`.
+none (`stop_gradient`). For the straight-through gradient, write `x + stop_gradient(decode(encode(x)) - x)`.
 """
 
 import functools
@@ -99,7 +99,7 @@ def truncated_svd(
 
     Returns:
         `LowRank(u [m, r], s [r], vt [r, n], rank [])`, entries past `rank` zero; never NaN for finite input. A matrix
-        with a NaN or infinite entry gives NaN factors of full rank.
+        with a NaN or infinite entry, or a Frobenius norm beyond float32, gives NaN factors of full rank.
 
     Raises:
         ValueError: unknown method, a matrix that is not 2-D, `max_rank` below 1.
@@ -140,7 +140,7 @@ def factorise(
         matrix, threshold, method: as in `truncated_svd`.
         max_rank: the static number of columns r; what needs more is not factorised.
         start: directions `[c, min(m, n)]` in the space of the shorter side from which subspace iteration begins, such as those
-            of an earlier, similar matrix; rows of zeros are filled with random ones. The other methods do not use it.
+            of an earlier, similar matrix, in unit rows or rows of zeros. The other methods do not use it.
 
     Returns:
         `Factors(left [m, r], right [r, n], rank [])`, zero past `rank`. Where more than r columns are needed, or an entry
@@ -197,7 +197,8 @@ def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Arra
     n = factors.right.shape[-1]
 
     def add(columns, _):
-        left = factors.left[..., :columns] * weights[:, None, None]
+        w = weights[:, None, None]
+        left = jnp.where(w > 0, factors.left[..., :columns] * w, 0)
         axes = (((0, 2), (0, 1)), ((), ()))
         return jax.lax.dot_general(left, factors.right[:, :columns], axes, precision=jax.lax.Precision.HIGHEST)
 
@@ -308,8 +309,8 @@ def _factorise(matrix, threshold, method, r, precise, start=None) -> Factors:
     # On a CPU `vmap` becomes a loop: two batched LAPACK calls of different shapes in one program can hang there for good
     # (jax 0.10.2, two cores), and batches are serial from jax 0.11 on anyway. On a GPU eigh is truly batched.
     one_by_one = jax.custom_batching.sequential_vmap(run)
-    start = None if start is None else jax.lax.stop_gradient(start)
-    return jax.lax.platform_dependent(matrix, jnp.float32(threshold), start, cpu=one_by_one, default=run)
+    threshold, start = jax.lax.stop_gradient((jnp.float32(threshold), start))
+    return jax.lax.platform_dependent(matrix, threshold, start, cpu=one_by_one, default=run)
 
 
 def _svd(r, precise, matrix, threshold, start) -> Factors:
@@ -371,7 +372,7 @@ def _randomized(r, precise, matrix, threshold, start) -> Factors:
     left, right, rank, certain = subspace_iteration(product, sketch, threshold, start=start, precise=precise)
     certain = finite & (certain | (total == 0))
     few = _sent(left * scale, right, jnp.where(certain, rank, r + 1), r, precise)
-    return when(~certain, lambda _: _gram(r, precise, matrix, threshold, None), few)
+    return when(finite & ~certain, lambda _: _gram(r, precise, matrix, threshold, None), few)
 
 
 def _sent(left, right, rank, r, precise) -> Factors:

@@ -1,5 +1,7 @@
 """Laws of `fedkd_jax.aggregate`: a weighted mean that can be added up in any grouping, and weights."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,15 @@ def test_clients_can_be_added_up_in_any_order_and_grouping(updates, weights, ord
 def test_equal_weights_give_the_plain_mean(updates, weight):
     mean = weighted_mean(summed(updates, np.full(K, weight, np.float32)))["w"]
     np.testing.assert_allclose(mean, updates.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@given(strategies.seeds)
+def test_many_narrow_messages_are_added_up_in_float32(seed):
+    updates = jax.random.uniform(jax.random.key(seed), (300, 5), jnp.bfloat16)
+    add = jax.jit(lambda total, update: jax.tree.map(jnp.add, total, weighted_sum(update[None], jnp.ones(1))))
+    total = functools.reduce(add, updates, jnp.zeros(5))
+    np.testing.assert_allclose(total, updates.astype(jnp.float32).sum(0), rtol=1e-5)
+    assert weighted_sum(updates, jnp.ones(300)).dtype == jnp.float32
 
 
 @given(st.integers(0, 10**6))

@@ -249,6 +249,7 @@ def test_it_compiles_for_accelerators_without_one(platform):
         "same": jnp.zeros((128, 64)),
         "conv": jnp.zeros((5, 5, 32, 64)),
         "bias": jnp.zeros(64),
+        "large": jnp.zeros((300, 280)),
     }
     codec = svd_codec(energy_threshold(0.95, 0.98, 10))
 
@@ -259,10 +260,11 @@ def test_it_compiles_for_accelerators_without_one(platform):
     updates = jax.tree.map(lambda x: jnp.stack([x] * 4), update)
     exported = jax.export.export(jax.jit(many), platforms=[platform])(updates)
     assert exported.platforms == (platform,)
-    assert [x.shape for x in exported.out_avals] == [(64,), (5, 5, 32, 64), (128, 64), (128, 64), (4,)]
+    assert [x.shape for x in exported.out_avals] == [(64,), (5, 5, 32, 64), (128, 64), (300, 280), (128, 64), (4,)]
     text = exported.mlir_module()
     assert "lapack" not in text
-    assert ("cusolver" if platform == "cuda" else "Eigh") in text
+    assert "gesvd" not in text
+    assert ("cusolver_syevd" if platform == "cuda" else "Eigh") in text
 
 
 @given(strategies.seeds, thresholds)
@@ -305,3 +307,64 @@ def test_a_codec_with_a_state_asks_for_its_own():
     payload, state = encode(codec, update, 0, KEY, init_codec(codec, update))
     assert int(payload.ranks["w"]) == 1
     assert list(state) == ["w"]
+
+
+def test_a_raw_leaf_decodes_to_exactly_itself():
+    update = {"step": jnp.int32(2**24 + 1), "table": jnp.full((3, 1), 2**24 + 1), "zero": jnp.array([-0.0, 1.0])}
+    decoded = svd_codec(0.9).decode(svd_codec(0.9).encode(update, 0, KEY))
+    chex.assert_trees_all_equal(decoded, update)
+    assert np.signbit(decoded["zero"][0])
+
+
+def test_factors_of_a_narrow_leaf_travel_and_are_charged_as_narrow_numbers():
+    update = {"w": jnp.outer(jnp.arange(1.0, 31), jnp.arange(1.0, 21)).astype(jnp.bfloat16)}
+    payload = svd_codec(0.9).encode(update, 0, KEY)
+    assert (int(payload.ranks["w"]), int(payload.nbytes)) == (1, 2 * 50 + 4)
+    assert {x.dtype for x in (payload.content["w"].factors.left, payload.content["w"].factors.right)} == {
+        jnp.dtype("bfloat16")
+    }
+    decoded = svd_codec(0.9).decode(payload)["w"]
+    assert decoded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(decoded.astype(jnp.float32), update["w"].astype(jnp.float32), rtol=0.03)
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (0, 30), (60, 1), (110, 3), (270, 2), (270, 0)])
+def test_large_messages_are_added_up_however_many_columns_they_use(ranks):
+    """One client more has a message that must not count."""
+    rng = np.random.default_rng(0)
+    shape, weights = (2, 270, 264), np.array([0.5, 2.0, 0.0], np.float32)
+    updates = [rng.normal(size=(2, 270, k)) @ rng.normal(size=(2, k, 264)) for k in ranks]
+    updates = np.stack([*updates, rng.normal(size=shape)]).astype(np.float32)
+    payloads, total = jitted_large_sum()({"w": updates}, weights)
+    most = max_factored_rank(270, 264)
+    found = [264 if k > most else k for k in ranks]
+    assert payloads.ranks["w"][:2].tolist() == [[k, k] for k in found]
+    expected = np.einsum("k,k...->...", weights.astype(np.float64), updates.astype(np.float64))
+    np.testing.assert_allclose(total["w"], expected, atol=2e-4 * np.abs(expected).max())
+    decoded = svd_codec(0.99999).decode(strategies.one(payloads, 0))
+    np.testing.assert_allclose(decoded["w"], updates[0], atol=5e-3 * max(np.abs(updates[0]).max(), 1.0))
+
+
+@functools.cache
+def jitted_large_sum():
+    codec = svd_codec(0.99999, view=lambda path, leaf: matrix_view(leaf.shape, stack=1))
+
+    def run(updates, weights):
+        payloads = jax.vmap(lambda u: codec.encode(u, 0, KEY))(updates)
+        return payloads, codec.decode_sum(payloads, weights)
+
+    return jax.jit(run)
+
+
+def test_a_warm_start_does_not_miss_a_new_direction():
+    """Of matrices large enough for products with M itself: the new direction is orthogonal to all that was sent before."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(size, 8)))[0] for size in (270, 264))
+    old = ((u[:, :7] * 0.9 ** np.arange(7)) @ v[:, :7].T).astype(np.float32)
+    codec = svd_codec(0.9, warm_start=True)
+    encode = jax.jit(codec.encode)
+    _, state = encode({"w": old}, 0, KEY, codec.init({"w": old}))
+    for size in (0.01, 0.3, 1.0, 30.0):
+        new = old + np.float32(size) * np.outer(u[:, 7], v[:, 7]).astype(np.float32)
+        payload, _ = encode({"w": new}, 0, KEY, state)
+        assert int(payload.ranks["w"]) == reference.exact_rank(new, 0.9)

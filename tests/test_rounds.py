@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedkd_jax import (
     ClientState,
+    FederatedData,
     Layout,
     Model,
     ServerState,
@@ -208,6 +209,27 @@ def test_a_client_that_is_not_finite_has_no_weight_and_keeps_its_state(broken, p
     expected, _, _ = run(server, clients, without, ids, KEY)
     chex.assert_trees_all_close(after, expected, rtol=1e-5, atol=1e-6)
     assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (after.params, clean_server.params)), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (30, 20), (270, 264)])
+def test_a_client_at_the_end_of_float32_harms_nobody(shape):
+    """Its entries are finite, a factor of its update would not be."""
+    messages = np.stack([np.full(shape, 2.0), np.full(shape, 3e37), np.full(shape, 4.0)]).astype(np.float32)
+    local = lambda server, client, data, key: LocalResult(  # noqa: E731
+        client=client, message={"w": jnp.asarray(data.inputs)[data.start]}, terms=task_terms()
+    )
+    first, one = np.arange(3, dtype=np.int32), np.ones(3, np.int32)
+    data = FederatedData(inputs=messages, labels=0 * one, start=first, count=one, max_count=1)
+    server = ServerState(
+        params={"w": jnp.zeros(shape)}, opt_state=optax.sgd(1.0).init(0.0), frozen={}, round=jnp.int32(0)
+    )
+    for chosen, expected in (([0, 2], 3.0), ([0, 1, 2], 1e37)):
+        ids = jnp.array(chosen)
+        run = jax.jit(federated_round(local, uplink=svd_codec(0.9)))
+        clients = ClientState(teacher=jnp.zeros(len(chosen)))
+        after, _, info = run(server, clients, take_clients(data, ids), ids, KEY)
+        assert info.finite.all()
+        np.testing.assert_allclose(after.params["w"], np.full(shape, expected), rtol=1e-4)
 
 
 def test_if_nobody_is_finite_the_shared_model_stays():
