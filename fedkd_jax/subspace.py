@@ -37,8 +37,7 @@ def subspace_iteration(
             Of a matrix without energy, or not finite, both are zero.
         sketch: `[c, n]`, what to begin with, such as `count_sketch(M, c)`.
         threshold: T.
-        start: better directions to begin with, `[c, n]`, unit rows or rows of zeros; a little of the sketch is added to each,
-            so that what is new in M since then is not missed.
+        start: better directions to begin with, `[c, n]`; the sketch's take the place of rows of zeros, and see what is new.
         powers: products between two looks at the Ritz values; each look costs an `eigh` of c x c.
         precise: whether the sum of the K largest eigenvalues must be certain too, and not only that K directions keep enough.
 
@@ -90,8 +89,7 @@ def subspace_iteration(
         # on the bench's matrices a sketch misses at most some 3 times what the best c directions miss
         hopeless = 1.0 - kept > 4.0 * (1.0 - threshold)
     else:
-        length = jnp.maximum(jnp.sum(sketch * sketch, axis=1, keepdims=True), 1e-20)
-        image = start + 0.3 * sketch * jax.lax.rsqrt(length)
+        image = jnp.where(jnp.any(start != 0, axis=1, keepdims=True), start, sketch)
         y, kept, hopeless = jax.eval_shape(product, image)[0], jnp.float32(-1.0), jnp.bool_(False)
     state = (0, hopeless, kept, image, (jnp.zeros_like(image), jnp.zeros(y.shape), jnp.zeros((c, c)), *nothing))
     *_, (x, y, z, rank, certain) = jax.lax.while_loop(again, sweep, state)

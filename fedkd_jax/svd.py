@@ -263,14 +263,20 @@ def choose_method(m: int, n: int) -> str:
 
     Milliseconds per matrix of a stack of 8, T = 0.95, "gram" / "randomized":
 
-    ==========  ============  =========================
-    matrix      gradient      update of 5 Adam steps
-    ==========  ============  =========================
-    256 x 128   0.88 / 0.44   0.70 / 1.08
-    1536 x 384  5.6 / 2.3     8.3 / 9.7
-    768 x 768   22 / 2.3      27 / 29
-    3072 x 768  41 / 11       45 / 54
-    ==========  ============  =========================
+    ===========  ============  ======================  ============
+    matrix       gradient      update of 5 Adam steps  noise
+    ===========  ============  ======================  ============
+    256 x 128    0.63 / 0.41   0.54 / 0.60             0.14 / 0.17
+    1536 x 384   4.5 / 1.8     5.5 / 6.4               1.6 / 2.4
+    768 x 768    19 / 1.8      22 / 23                 3.1 / 4.0
+    3072 x 768   29 / 8.7      36 / 43                 12 / 18
+    30522 x 128  16 / 16       16 / 17                 17 / 16
+    576 x 64     0.34 / 0.20   0.32 / 0.33             0.35 / 0.32
+    ===========  ============  ======================  ============
+
+    What decides is the spectrum, which only "randomized" finds out; where it was tried in vain it costs up to half as much
+    again. Where the shorter side is 40 and less, an `eigh` is as cheap as the attempt. T and the size of the stack made no
+    difference to which is faster. For updates of many Adam steps `method="gram"` saves what the table shows.
 
     >>> [choose_method(*shape) for shape in ((768, 768), (30522, 128), (10, 128))]
     ['randomized', 'randomized', 'gram']
