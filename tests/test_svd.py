@@ -364,6 +364,12 @@ def test_every_method_finds_the_float64_rank_of_larger_matrices(method, shape, d
     np.testing.assert_allclose(other.left @ other.right, (left @ right).T, atol=0.05 * np.sqrt(energy))
 
 
+@each_method
+def test_no_share_exceeds_one_so_everything_is_kept(method):
+    matrix = np.outer(np.arange(1.0, 97), np.arange(1.0, 65)).astype(np.float32)
+    assert int(svd(matrix, 1.0, method).rank) == 64
+
+
 @functools.cache
 def jitted_factors(method, most):
     return jax.jit(functools.partial(factorise, method=method, max_rank=most))
