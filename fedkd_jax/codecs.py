@@ -22,6 +22,7 @@ from fedkd_jax.svd import (
     energy_threshold,
     factorise,
     matrix_view,
+    resized,
     sketch_columns,
     weighted_product,
 )
@@ -151,9 +152,9 @@ def svd_codec(
     """FedKD's compression: each matrix as the factors of the smallest rank that keeps more than T of its energy.
 
     A matrix goes as factors only where K (m + n) + K^2 < m n, the paper's rule; otherwise it goes raw and decodes to exactly
-    itself, so a message never costs more than `identity_codec`'s, but for the 4 bytes of a K. A matrix with a NaN or infinite
-    entry goes raw. Matrices of one shape, of all leaves, are factorised together, in float32; the factors of a 16-bit leaf
-    are rounded to its dtype, which may cost more energy than T allows.
+    itself, so a message never costs more than `identity_codec`'s. A matrix with a NaN or infinite entry goes raw.
+    Matrices of one shape, of all leaves, are factorised together, in float32; the factors of a 16-bit leaf are rounded to its
+    dtype, which may cost more energy than T allows.
 
     Decoding has no gradient with respect to the update. For the straight-through one, in a loss that looks through the codec,
     write `update + stop_gradient(decode(encode(update)) - update)`.
@@ -236,32 +237,27 @@ def svd_codec(
                 ranks[name] = rank[own] if len(matrices) > 1 else rank[own][0]
                 if name in state:
                     directions = factors.right[own] if m >= n else jnp.swapaxes(factors.left[own], 1, 2)
-                    directions = directions.astype(state[name].dtype)
-                    state[name] = jax.lax.dynamic_update_slice(
-                        jnp.zeros_like(state[name]), directions[:, : state[name].shape[1]], (0, 0, 0)
-                    )
+                    state[name] = resized(directions.astype(jnp.float32), state[name].shape)
         content = jax.tree.unflatten(jax.tree.structure(update), content.values())
         return Payload(content=content, floats=floats, nbytes=nbytes, ranks=ranks), state
 
     def encode(update: PyTree, round, key) -> Payload:
         return compress(update, round, key, {})[0]
 
-    def decode(payload: Payload) -> PyTree:
+    def each(content: PyTree, factored: Callable, other: Callable) -> PyTree:
         def leaf(x):
+            return factored(x) if isinstance(x, _Factored) else other(x)
+
+        return jax.tree.map(leaf, content, is_leaf=lambda x: isinstance(x, _Factored))
+
+    def decode(payload: Payload) -> PyTree:
+        def one(x):
             return _decoded(jax.tree.map(lambda y: y[None], x), jnp.ones(1)).astype(x.raw.dtype)
 
-        return jax.tree.map(
-            lambda x: leaf(x) if isinstance(x, _Factored) else x,
-            payload.content,
-            is_leaf=lambda x: isinstance(x, _Factored),
-        )
+        return each(payload.content, one, lambda x: x)
 
     def decode_sum(payloads: Payload, weights: Float[Array, "k"]) -> PyTree:
-        return jax.tree.map(
-            lambda x: _decoded(x, weights) if isinstance(x, _Factored) else weighted_sum(x, weights),
-            payloads.content,
-            is_leaf=lambda x: isinstance(x, _Factored),
-        )
+        return each(payloads.content, lambda x: _decoded(x, weights), lambda x: weighted_sum(x, weights))
 
     return Codec(compress, decode, decode_sum, init) if warm_start else Codec(encode, decode, decode_sum)
 

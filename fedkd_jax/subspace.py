@@ -86,7 +86,7 @@ def subspace_iteration(
         x = orthonormal(sketch)
         y, image = product(x)
         kept = jnp.sum(x * image)
-        # on the bench's matrices a sketch misses at most some 3 times what the best c directions miss
+        # on the bench's matrices a sketch misses at most some 4 times what the best c directions miss
         hopeless = 1.0 - kept > 4.0 * (1.0 - threshold)
     else:
         image = jnp.where(jnp.any(start != 0, axis=1, keepdims=True), start, sketch)

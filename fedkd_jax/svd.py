@@ -346,7 +346,7 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     if columns:
         sketch = count_sketch(gram, columns)
         _, x, found, certain = subspace_iteration(product, sketch, threshold, start=start, powers=3, precise=precise)
-        right, rank, wanted = _resized(x, right.shape), jnp.where(certain, found, rank), wanted & ~certain
+        right, rank, wanted = resized(x, right.shape), jnp.where(certain, found, rank), wanted & ~certain
     if not precise and r < len(gram):
         wanted &= _energy_bound(r, gram) > threshold - ROUNDING
     right, rank = when(wanted, eigenvectors, (right, rank))
@@ -387,7 +387,7 @@ def _sent(left, right, rank, r, precise) -> Factors:
     keep = _kept(rank, r, len(right), precise)
     left, right = jnp.where(keep[None, :], left, 0.0), jnp.where(keep[:, None], right, 0.0)
     rank = jnp.minimum(rank, r + 1).astype(jnp.int32)
-    return Factors(_resized(left, (len(left), r)), _resized(right, (r, right.shape[1])), rank)
+    return Factors(resized(left, (len(left), r)), resized(right, (r, right.shape[1])), rank)
 
 
 def _kept(rank, r, k, precise):
@@ -395,8 +395,12 @@ def _kept(rank, r, k, precise):
     return jnp.arange(k) < jnp.where(rank > r, r if precise else 0, rank)
 
 
-def _resized(x, shape):
-    """Cut, or filled up with zeros."""
+def resized(x: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Cut at the end of its axes, or filled up with zeros.
+
+    >>> resized(jnp.ones((1, 3)), (2, 2)).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    """
     return jax.lax.pad(x, 0.0, [(0, new - old, 0) for new, old in zip(shape, x.shape, strict=True)])
 
 
