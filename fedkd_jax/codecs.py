@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from fedkd_jax.aggregate import weighted_sum
-from fedkd_jax.subspace import SMALL, when
+from fedkd_jax.subspace import when
 from fedkd_jax.svd import (
+    SMALL,
     MatrixView,
     choose_method,
     energy_threshold,
@@ -266,7 +267,7 @@ def _decoded(x: _Factored, weights: Float[Array, "k"]) -> Array:
     """The weighted sum of k clients' messages of one leaf."""
     low_rank = jax.vmap(lambda factors: weighted_product(factors, weights), in_axes=1)(x.factors)
     shape = x.raw.shape[1:]
-    if x.raw[0].size < SMALL:
+    if x.raw.size < SMALL:
         return low_rank.reshape(shape) + weighted_sum(x.raw, weights)
     some_raw = jnp.any(~x.as_factors & (weights > 0)[:, None])
     return low_rank.reshape(shape) + when(some_raw, lambda _: weighted_sum(x.raw, weights), jnp.zeros(shape))

@@ -18,7 +18,6 @@ from fedkd_jax.types import Array, PyTree
 
 SWEEPS = 4  # at most; what is not certain then needs all eigenvectors of the Gram matrix
 ROUNDING = 5e-6  # float32 decides a rank only where the share of energy is further than this from T
-SMALL = 2**16  # with fewer entries than this, a condition costs more than it saves
 
 
 def subspace_iteration(
@@ -181,7 +180,7 @@ def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array,
     """`(scale, sum of squares of matrix / scale, whether all is finite)`, scale a power of two near the entries. A matrix whose
     Frobenius norm leaves float32 counts as not finite: its factors would.
 
-    One look at a large matrix, and two more only where its squares leave float32.
+    One look at the matrix, and two more only where its squares leave float32.
 
     >>> scale, total, finite = measure(jnp.full((2, 2), 3e-30))
     >>> float(scale) < 1e-29, 4 < float(total) < 16, bool(finite)
@@ -194,8 +193,6 @@ def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array,
         total = jnp.sum((matrix / scale) ** 2)
         return scale, total, jnp.sqrt(total) * scale < jnp.finfo(jnp.float32).max
 
-    if matrix.size < SMALL:
-        return carefully()
     total = jnp.sum(matrix * matrix)
     scale = power_of_two(jnp.sqrt(total / matrix.size))
     usual = (total > 1e-20) & (total < 1e30)

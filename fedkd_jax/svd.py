@@ -29,10 +29,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
 
-from fedkd_jax.subspace import ROUNDING, SMALL, contract, count_sketch, measure, power_of_two, subspace_iteration, when
+from fedkd_jax.subspace import ROUNDING, contract, count_sketch, measure, power_of_two, subspace_iteration, when
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
 METHODS = ("auto", "svd", "gram", "randomized")
+SMALL = 2**16  # with fewer entries than this, a condition costs more than it saves
 
 
 def energy_threshold(start: Number, end: Number, rounds: int) -> optax.Schedule:
@@ -203,7 +204,7 @@ def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Arra
         return jax.lax.dot_general(left, factors.right[:, :columns], axes, precision=jax.lax.Precision.HIGHEST)
 
     used = jnp.max(jnp.where(factors.rank > r, 0, factors.rank), initial=0)
-    return _only_used(used, r, m * n, add, jnp.zeros((m, n)))
+    return _only_used(used, r, len(weights) * m * n, add, jnp.zeros((m, n)))
 
 
 class MatrixView(NamedTuple):
@@ -330,8 +331,15 @@ def _svd(r, precise, matrix, threshold, start) -> Factors:
 def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     """Eigenvectors of G = M^T M: by subspace iteration where so many columns are enough, otherwise all of them, unless sums
     over G show that r are too few."""
-    scaled, scale, finite = _scaled(matrix)
-    gram = contract(scaled, scaled, 0, 0)
+
+    def carefully(_):
+        scaled, _, finite = _scaled(matrix)
+        return contract(scaled, scaled, 0, 0), finite
+
+    gram = contract(matrix, matrix, 0, 0)
+    trace = jnp.trace(gram)
+    usual = (trace > 1e-20) & (trace < 1e30)
+    gram, finite = when(~usual, carefully, (gram, jnp.bool_(True)))
     trace = jnp.trace(gram)
     gram = gram / jnp.where(trace > 0, trace, 1.0)
 
@@ -354,7 +362,7 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     keep = _kept(rank, r, r, precise)
 
     def fill(columns, left):
-        return left.at[:, :columns].set(contract(scaled, right[:columns] * scale, 1, 1))
+        return left.at[:, :columns].set(contract(matrix, right[:columns], 1, 1))
 
     left = _only_used(jnp.sum(keep), r, matrix.size, fill, jnp.zeros((len(matrix), r)))
     return _sent(left, right, rank, r, precise)
