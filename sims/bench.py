@@ -1,12 +1,13 @@
-"""How fast a round is: `python -m sims.bench {round,layout,population,compile,svd} [--quick] [--devices D] [--out FOLDER]`.
+"""How fast a round is: `python -m sims.bench {round,compression,layout,population,compile,svd} [--quick] [--devices D]`.
 
 round       client updates per second of the compiled round and of a Python loop over clients with jitted steps
+compression the share of FedKD's round that the SVD codec takes
 layout      cohorts of 1 to 256 on one or all devices in chunks of several sizes; what the automatic choice loses
 population  a round of 100 clients out of 1,000 and out of 20,000
 compile     seconds to trace and to compile a round
 svd         the factorisations against `jnp.linalg.svd`, on matrices of real training: see bench_svd.py; 20 minutes
 
-Work of the first four: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5
+Work of the first five: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5
 convolutions of 32 and 64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden
 loss with its projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation apart;
 figures are medians. "CPU ms" is processor time per client update, over all threads: it does not move when other programs run.
@@ -222,6 +223,19 @@ def bench_round(devices: int, quick: bool) -> Iterator[dict]:
                 yield row(f"{method} {kind}", cohort, name, t, {"x loop": loop / t["wall"]})
 
 
+def bench_compression(devices: int, quick: bool) -> Iterator[dict]:
+    """FedKD's round with `svd_codec` both ways and with none, in turns: what share of it compression takes."""
+    for kind, cohort, repeats in (("mlp", 100, 25), ("cnn", 20, 5)):
+        cohort, repeats = (max(cohort // 10, 2), 2) if quick else (cohort, repeats)
+        layout = make_layout(devices)
+        programs: dict[str, Callable] = {
+            name: CompiledRound(name, kind, cohort, layout) for name in ("FedKD", "FedKD without SVD")
+        }
+        ms = {name: 1e3 * t["wall"] for name, t in interleave(programs, repeats).items()}
+        both, alone = ms["FedKD"], ms["FedKD without SVD"]
+        yield {"method": f"FedKD {kind}", "clients": cohort, "ms": both, "ms without": alone, "share": 1 - alone / both}
+
+
 def bench_layout(devices: int, quick: bool) -> Iterator[dict]:
     """Every cohort in layouts "devices x chunk"; "of best" is the rate as a share of that cohort's best."""
     for kind, method, cohorts in (
@@ -280,6 +294,7 @@ def bench_compile(devices: int, quick: bool) -> Iterator[dict]:
 
 BENCHES = {
     "round": bench_round,
+    "compression": bench_compression,
     "layout": bench_layout,
     "population": bench_population,
     "compile": bench_compile,
@@ -304,7 +319,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         for result in BENCHES[chosen.bench](devices, chosen.quick):
             rows.append(result)
             columns = bench_svd.COLUMNS if chosen.bench == "svd" else result
-            shown.append({k: f"{result[k]:.4g}" if isinstance(result[k], float) else str(result[k]) for k in columns})
+            cells = {k: "" if result[k] is None else result[k] for k in columns}
+            shown.append({k: f"{x:.4g}" if isinstance(x, float) else str(x) for k, x in cells.items()})
             live.update(common.make_table(shown, title))
             (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     if chosen.bench == "svd":

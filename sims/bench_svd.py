@@ -2,13 +2,15 @@
 
 Times are per matrix of a stack, and interleaved. "vmap" is `jax.vmap(jnp.linalg.svd)` of the whole stack; the others go over
 the stack as a round does over its clients, split over the devices, "split" with `jnp.linalg.svd` too. "x vmap" and "x split"
-are what `method="auto"` gains over the two. Every factorisation may give up where the cost rule sends the matrix raw ("raw").
+are what `method="auto"` gains over the two, "limit" the time of the matrix products alone that no method of ours does without.
+Every factorisation may give up where the cost rule sends the matrix raw ("raw"). results.json holds the times of all.
 
 K is the float64 rank (median of the stack's matrices), "excess" how much above it the rank that `auto` found is, at most;
 "energy" the least energy it kept, less T; "orthogonal" the largest entry of V^T V - 1.
 """
 
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -27,8 +29,10 @@ from sims import updates
 
 SHAPES = (*updates.TEXT, *updates.IMAGE)
 SPECTRA = {"noise": 0.0, "i^-0.5": 0.5, "i^-1": 1.0, "i^-1.5": 1.5}
+THRESHOLDS = (0.95, 0.98)
 STACK = 8  # different matrices of one kind
-COLUMNS = ("shape", "kind", "T", "stack", "vmap ms", "split ms", "auto ms", "x vmap", "x split", "K", "excess", "raw")
+COLUMNS = ("shape", "stack", "kind", "T", "auto ms", "limit ms", "x vmap", "x split")
+COLUMNS += ("K", "excess", "energy", "orthogonal", "raw")
 
 
 def power_law(shape: tuple[int, int], exponent: float, count: int) -> np.ndarray:
@@ -46,8 +50,10 @@ def power_law(shape: tuple[int, int], exponent: float, count: int) -> np.ndarray
 
 
 def split(fn: Callable, layout: Layout) -> Callable:
-    """`fn` of one matrix, over a stack as in a round."""
-    return jax.jit(lambda stack: map_clients(lambda x: (fn(x), ()), (stack,), layout=layout)[0])
+    """`fn` of one matrix, over a stack as in a round; what else it takes is the same for all."""
+    return jax.jit(
+        lambda stack, *shared: map_clients(lambda x, *a: (fn(x, *a), ()), (stack,), shared, layout=layout)[0]
+    )
 
 
 def exact_ranks(stack: np.ndarray, threshold: float) -> np.ndarray:
@@ -107,65 +113,92 @@ def thin_products(columns: int, matrix):
     return x
 
 
+def gram_product(matrix):
+    """The product that shows that a flat spectrum goes raw: M^T M."""
+    return contract(matrix, matrix, 0, 0)
+
+
 def square_products(most: int, matrix):
     """The products of the Gram route alone: M^T M and M V."""
     return contract(matrix, contract(matrix, matrix, 0, 0)[:, :most], 1, 0)
 
 
-def cases(quick: bool) -> Iterator[tuple]:
-    """`(shape, kind, matrices [b, m, n])`."""
-    if quick:
-        for shape in ((256, 128), (576, 64)):
-            yield shape, "i^-1", power_law(shape, 1.0, 2)
+def limit(found: dict, columns: int) -> str:
+    """Which products no method of ours does without, for matrices of that quality.
+
+    >>> limit({"K": 9, "most": 30, "raw": 0, "matrices": 8}, 16), limit({"K": 31, "most": 30, "raw": 8, "matrices": 8}, 16)
+    ('thin products', 'gram product')
+    """
+    if found["raw"] > found["matrices"] / 2:
+        return "gram product"
+    return "thin products" if found["K"] <= columns else "square products"
+
+
+def cases(shape: tuple[int, int], real: dict | None) -> Iterator[tuple[str, np.ndarray]]:
+    """`(kind, matrices [b, m, n])`.
+
+    >>> [(kind, matrices.shape) for kind, matrices in cases((9, 5), None)]
+    [('i^-1', (2, 9, 5))]
+    """
+    if real is None:
+        yield "i^-1", power_law(shape, SPECTRA["i^-1"], 2)
         return
-    folder = os.environ.get("FEDKD_DATA_DIR")
-    if not folder:
-        raise ValueError("FEDKD_DATA_DIR is not set; allowed: the folder that holds news20 and fashion_mnist")
-    real = updates.real_matrices(pathlib.Path(folder), STACK)
-    for shape in SHAPES:
-        for kind in updates.KINDS:
-            yield shape, kind, real[shape, kind]
-        for kind, exponent in SPECTRA.items():
-            yield shape, kind, power_law(shape, exponent, STACK)
+    for kind in updates.KINDS:
+        yield kind, real[shape, kind]
+    for kind, exponent in SPECTRA.items():
+        yield kind, power_law(shape, exponent, STACK)
 
 
 def bench_svd(interleave: Callable, devices: int, quick: bool) -> Iterator[dict]:
-    """Stacks of 8 of every kind of matrix, and of 1 and 64 of two kinds."""
-    on_cpu = jax.default_backend() == "cpu"
-    for shape, kind, matrices in cases(quick):
-        m, n = shape
-        most, columns = max_factored_rank(m, n), sketch_columns(n)
-        for threshold in (0.95, 0.98):
-            found = quality(matrices, threshold, most)
-            others = [method for method in ("gram", "randomized") if method != choose_method(m, n)]
-            for method in others:
-                other = quality(matrices, threshold, most, method)
-                found |= {f"{method} {key}": other[key] for key in ("wrong", "excess", "energy", "orthogonal")}
-            few = threshold == 0.98 or kind not in ("gradient", "Adam 5")
-            for count in (2,) if quick else (STACK,) if few else (1, STACK, 64):
+    """Stacks of 1, 8 and 64 of every kind of matrix."""
+    folder, real = os.environ.get("FEDKD_DATA_DIR"), None
+    if not quick:
+        if not folder:
+            raise ValueError("FEDKD_DATA_DIR is not set; allowed: the folder that holds news20 and fashion_mnist")
+        real = updates.real_matrices(pathlib.Path(folder), STACK)
+    for shape in ((256, 128), (576, 64)) if quick else SHAPES:
+        (m, n), most, columns = shape, max_factored_rank(*shape), sketch_columns(min(shape))
+        kinds = dict(cases(shape, real))
+        methods = [method for method in ("gram", "randomized") if method != choose_method(m, n)] + ["auto"]
+        found = {}
+        for kind, threshold, method in itertools.product(kinds, THRESHOLDS, methods):
+            found[kind, threshold, method] = quality(kinds[kind], threshold, most, method)
+        for count in (2,) if quick else (1, STACK, 64):
+            d = min(devices, count)
+            chunk = 1 if jax.default_backend() == "cpu" else None
+            layout = Layout(mesh=client_mesh(d) if d > 1 else None, chunk=chunk)
+            svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+            whole = {"vmap": jax.jit(jax.vmap(svd))}
+            bare = {
+                "split": split(svd, layout),
+                "thin products": split(functools.partial(thin_products, columns), layout),
+                "gram product": split(gram_product, layout),
+                "square products": split(functools.partial(square_products, most), layout),
+            }
+            ours = {name: split(functools.partial(factorise, method=name, max_rank=most), layout) for name in methods}
+            for kind, matrices in kinds.items():
                 stack = np.resize(matrices, (count, m, n))
-                d = min(devices, count)
-                layout = Layout(mesh=client_mesh(d) if d > 1 else None, chunk=1 if on_cpu else None)
-                whole, cut = place(stack, Layout()), place(stack, layout, "clients")
-                svd = functools.partial(jnp.linalg.svd, full_matrices=False)
-                programs: dict[str, tuple] = {
-                    "vmap": (jax.jit(jax.vmap(svd)), whole),
-                    "split": (split(svd, layout), cut),
-                }
-                for method in (*others, "auto"):
-                    run = functools.partial(factorise, threshold=threshold, method=method, max_rank=most)
-                    programs[method] = (split(run, layout), cut)
-                programs["thin products"] = (split(functools.partial(thin_products, columns), layout), cut)
-                programs["square products"] = (split(functools.partial(square_products, most), layout), cut)
-                calls = {
-                    name: lambda fn=fn, arg=arg: jax.block_until_ready(fn(arg)) for name, (fn, arg) in programs.items()
-                }
-                repeats = 15 if stack.size < 2**20 else 3  # milliseconds, or seconds
-                times = interleave(calls, 1 if quick or count == 64 else repeats)
-                each = {f"{name} ms": 1e3 * t["wall"] / count for name, t in times.items()}
-                each[f"{choose_method(m, n)} ms"] = each["auto ms"]
-                gains = {f"x {name}": each[f"{name} ms"] / each["auto ms"] for name in ("vmap", "split")}
-                yield {"shape": f"{m} x {n}", "kind": kind, "T": threshold, "stack": count, **each, **gains, **found}
+                unsplit, parts = place(stack, Layout()), place(stack, layout, "clients")
+                calls: dict = {name: functools.partial(fn, unsplit) for name, fn in whole.items()}
+                calls |= {name: functools.partial(fn, parts) for name, fn in bare.items()}
+                for threshold in THRESHOLDS:
+                    for name, fn in ours.items():
+                        calls[name, threshold] = functools.partial(fn, parts, threshold)
+                times = interleave(
+                    {name: lambda call=call: jax.block_until_ready(call()) for name, call in calls.items()},
+                    1 if quick else 15 if stack.size < 2**22 else 3 if count < 64 else 1,  # milliseconds to a minute
+                )
+                each = {name: 1e3 * t["wall"] / count for name, t in times.items()}
+                for threshold in THRESHOLDS:
+                    result = found[kind, threshold, "auto"]
+                    ms = {name: each[name] for name in (*whole, *bare)} | {name: each[name, threshold] for name in ours}
+                    ms |= {choose_method(m, n): ms["auto"], "limit": ms[limit(result, columns)]}
+                    row = {"shape": f"{m} x {n}", "stack": count, "kind": kind, "T": threshold}
+                    row |= {f"{name} ms": t for name, t in ms.items()}
+                    row |= {f"x {name}": ms[name] / ms["auto"] for name in ("vmap", "split")}
+                    for name in methods[:-1]:
+                        row |= {f"{name} {key}": value for key, value in found[kind, threshold, name].items()}
+                    yield row | result
 
 
 def plot(rows: list[dict]) -> Figure:
