@@ -267,18 +267,23 @@ def choose_method(m: int, n: int) -> str:
     ===========  ============  ======================  ============
     matrix       gradient      update of 5 Adam steps  noise
     ===========  ============  ======================  ============
-    256 x 128    0.63 / 0.41   0.54 / 0.60             0.14 / 0.17
-    1536 x 384   4.5 / 1.8     5.5 / 6.4               1.6 / 2.4
-    768 x 768    19 / 1.8      22 / 23                 3.1 / 4.0
-    3072 x 768   29 / 8.7      36 / 43                 12 / 18
-    30522 x 128  16 / 16       16 / 17                 17 / 16
-    576 x 64     0.34 / 0.20   0.32 / 0.33             0.35 / 0.32
+    256 x 128    0.68 / 0.42   0.73 / 0.73             0.20 / 0.19
+    1536 x 384   5.1 / 2.2     6.1 / 7.3               1.8 / 2.7
+    768 x 768    22 / 2.2      27 / 27                 3.4 / 4.5
+    3072 x 768   33 / 9.3      42 / 46                 15 / 18
+    30522 x 128  15 / 15       15 / 14                 16 / 16
+    576 x 64     0.31 / 0.22   0.33 / 0.31             0.34 / 0.33
     ===========  ============  ======================  ============
 
-    What decides is the spectrum, which only "randomized" finds out; where it was tried in vain it costs up to half as much
-    again. Below a shorter side of 48 the two differ by some 50 microseconds of one core at most. T (0.95, 0.98) and the size
-    of the stack (1, 8, 64) did not change which is faster, beyond noise. For updates of many Adam steps, `method="gram"` saves
-    what the table shows.
+    What decides is the spectrum, which only an attempt finds out. In vain it costs up to half as much again, and for updates of
+    many Adam steps `method="gram"` saves that. Below a shorter side of 48 the two differ by some 50 microseconds of one core
+    at most.
+
+    T, batch and platform have their say where they are known. T: when the program runs, the attempt is given up after its
+    first product where the sketch misses more than 4 (1 - T) of the energy; which of the two is faster was the same for
+    T = 0.95 and 0.98. Batch: it was the same for stacks of 1, 8 and 64 too, because a CPU takes the matrices one by one, each
+    as long as it needs. An accelerator takes them together, as long as the slowest needs, and "svd", whose batches are
+    serial there above 32 x 32 (not measured by us), is never chosen.
 
     >>> [choose_method(*shape) for shape in ((768, 768), (30522, 128), (10, 128))]
     ['randomized', 'randomized', 'gram']

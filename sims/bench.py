@@ -5,7 +5,7 @@ compression the share of FedKD's round that the SVD codec takes
 layout      cohorts of 1 to 256 on one or all devices in chunks of several sizes; what the automatic choice loses
 population  a round of 100 clients out of 1,000 and out of 20,000
 compile     seconds to trace and to compile a round
-svd         the factorisations against `jnp.linalg.svd`, on matrices of real training: see bench_svd.py; 20 minutes
+svd         the factorisations against `jnp.linalg.svd`, on matrices of real training: see bench_svd.py; 40 minutes
 
 Work of the first five: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5
 convolutions of 32 and 64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden
