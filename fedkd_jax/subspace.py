@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 
 from fedkd_jax.types import Array, PyTree
 
-SWEEPS = 4  # at most; what is not certain then needs all eigenvectors of the Gram matrix
+SWEEPS = 5  # at most; what is not certain then needs all eigenvectors of the Gram matrix
 ROUNDING = 5e-6  # float32 decides a rank only where the share of energy is further than this from T
 
 
 def subspace_iteration(
     product: Callable[[Array], tuple[Array, Array]],
-    sketch: Float[Array, "c n"],
+    probes: Float[Array, "c n"],
     threshold: Float[Array, ""],
     *,
     start: Float[Array, "c n"] | None = None,
@@ -34,9 +34,9 @@ def subspace_iteration(
     Args:
         product: X `[c, n]` -> `(M X^T, X M^T M / |M|^2)`, the second `[c, n]`; the first may be empty, `[0, c]`, if not wanted.
             Of a matrix without energy, or not finite, both are zero.
-        sketch: `[c, n]`, what to begin with, such as `count_sketch(M, c)`.
+        probes: `[c, n]`, directions to begin with that are orthogonal to none: `random_probes(c, n)`.
         threshold: T.
-        start: better directions to begin with, `[c, n]`; the sketch's take the place of rows of zeros, and see what is new.
+        start: better directions to begin with, `[c, n]`; probes take the place of rows of zeros, and see what is new.
         powers: products between two looks at the Ritz values; each look costs an `eigh` of c x c.
         precise: whether the sum of the K largest eigenvalues must be certain too, and not only that K directions keep enough.
 
@@ -46,11 +46,11 @@ def subspace_iteration(
 
     >>> matrix = jnp.outer(jnp.arange(6.0), jnp.arange(5.0)) + 1e-3 * jnp.eye(6, 5)
     >>> product = lambda x: (matrix @ x.T, x @ matrix.T @ matrix / jnp.sum(matrix**2))
-    >>> *_, rank, certain = subspace_iteration(product, count_sketch(matrix, 3), jnp.float32(0.9))
+    >>> *_, rank, certain = subspace_iteration(product, random_probes(3, 5), jnp.float32(0.9))
     >>> int(rank), bool(certain)
     (1, True)
     """
-    c = len(sketch)
+    c = len(probes)
 
     def orthonormal(x, accuracy=1e-3):
         return contract(whitening(contract(x, x, 1, 1), accuracy), x, 1, 0)
@@ -77,17 +77,18 @@ def subspace_iteration(
             return vectors, images, z, *certified_rank(values, residuals, threshold, precise=precise)
 
         x, image, z, *found = when(kept > threshold, rayleigh_ritz, (x, image, jnp.zeros((c, c)), *nothing))
-        hopeless = ~(kept > threshold) & (sweeps >= patience)  # one sweep comes near what many would hold
+        hopeless = ~(kept > threshold) & ((sweeps + 1) * powers >= 2)  # two products come near what many would hold
         return sweeps + 1, hopeless, image, (x, y, z, *found)
 
-    nothing, patience = (jnp.int32(0), jnp.bool_(False)), 0 if start is None else 1
+    nothing = (jnp.int32(0), jnp.bool_(False))
     if start is None:
-        x = orthonormal(sketch)
-        y, image = product(x)
-        # on the bench's matrices a sketch misses at most some 4 times what the best c directions miss
-        hopeless = 1.0 - jnp.sum(x * image) > 4.0 * (1.0 - threshold)
+        y, image = product(probes)
+        # rows of Q^T M, where Q is an orthonormal basis of M probes^T: what they hold is what that basis holds of M
+        image = contract(whitening(contract(probes, image, 1, 1), 1e-3), image, 1, 0)
+        # on the bench's matrices it misses at most some 4 times what the best c directions miss
+        hopeless = 1.0 - jnp.sum(image**2) > 4.0 * (1.0 - threshold)
     else:
-        image = jnp.where(jnp.any(start != 0, axis=1, keepdims=True), start, sketch)
+        image = jnp.where(jnp.any(start != 0, axis=1, keepdims=True), start, probes)
         y, hopeless = jax.eval_shape(product, image)[0], jnp.bool_(False)
     state = (0, hopeless, image, (jnp.zeros_like(image), jnp.zeros(y.shape), jnp.zeros((c, c)), *nothing))
     *_, (x, y, z, rank, certain) = jax.lax.while_loop(again, sweep, state)
@@ -134,20 +135,13 @@ def certified_rank(
     return rank, fewest & (kept[-1] > threshold + ROUNDING) & (threshold < 1)
 
 
-def count_sketch(matrix: Float[Array, "m n"], k: int) -> Float[Array, "k n"]:
-    """k sums of rows: every row is added, with a random sign, to one of them (some to two, where k does not divide m).
+def random_probes(c: int, n: int) -> Float[Array, "c n"]:
+    """Random signs, the same at every call: dense, because of two rows of M that a sparse sketch adds up one stays unseen.
 
-    >>> jnp.abs(count_sketch(jnp.eye(4), 2)).sum(axis=1).tolist()
-    [2.0, 2.0]
+    >>> random_probes(2, 3).shape
+    (2, 3)
     """
-    m, n = matrix.shape
-    signed = jax.random.rademacher(jax.random.key(0), (m, 1), matrix.dtype)
-
-    def add(i, sums):  # a slice that would reach over the end is moved back
-        rows, signs = (jax.lax.dynamic_slice_in_dim(x, i * k, k) for x in (matrix, signed))
-        return sums + rows * signs
-
-    return jax.lax.fori_loop(0, -(-m // k), add, jnp.zeros((k, n)), unroll=min(-(-m // k), 16))
+    return jax.random.rademacher(jax.random.key(0), (c, n), jnp.float32)
 
 
 def whitening(gram: Float[Array, "k k"], accuracy: float) -> Float[Array, "k k"]:
@@ -199,14 +193,14 @@ def measure(matrix: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array,
 
 
 def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
-    """The power of two at or below a positive number; 1 for zero, NaN and infinity.
+    """The power of two at or below a positive number, at most 2^126 (to divide by 2^127 gives 0); 1 for zero, NaN and infinity.
 
     >>> float(power_of_two(jnp.float32(5.0)))
     4.0
     """
     usable = jnp.isfinite(x) & (x >= jnp.finfo(x.dtype).tiny)
     _, exponent = jnp.frexp(jnp.where(usable, x, 1.0))
-    return jnp.ldexp(jnp.ones_like(x), exponent - 1)
+    return jnp.ldexp(jnp.ones_like(x), jnp.minimum(exponent - 1, 126))
 
 
 def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

@@ -5,15 +5,15 @@ Three factorisations find the smallest rank, each with its cost:
 
 "svd"         `jnp.linalg.svd`: LAPACK's, all singular vectors of both sides.
 "gram"        eigenvectors V of the smaller Gram matrix G = M^T M, then U S = M V.
-"randomized"  `subspace_iteration` from a few random directions until the rank is certain, which takes a handful of thin matrix
+"randomized"  `subspace_iteration` from a few random probes until the rank is certain, which takes a handful of thin matrix
               products, of M or of G, where the energy lies in few directions; "gram" where it stays uncertain.
 
 "auto" is "randomized" for all but small matrices (`choose_method`, which holds the measurements). Where the caller has no use
 for more than `max_rank` directions, two sums over G can show that more are needed, and nothing is factorised at all
 (`_energy_bound`).
 
-A matrix, or its thin products, is divided by a power of two near its entries, because squares of 1e-20 or 1e+20 leave
-float32. All products are at highest precision: TF32 would spoil the Gram matrix.
+A matrix whose squares leave float32, or its thin products, is divided by a power of two near its entries. All products are at
+highest precision: TF32 would spoil the Gram matrix. Within `shard_map`, pass `check_vma=False`: loops start from constants.
 
 Nothing here is differentiated: gradients through an SVD are NaN wherever singular values repeat or vanish, so the factors carry
 none (`stop_gradient`). For the straight-through gradient, write `x + stop_gradient(decode(encode(x)) - x)`.
@@ -29,10 +29,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
 
-from fedkd_jax.subspace import ROUNDING, contract, count_sketch, measure, power_of_two, subspace_iteration, when
+from fedkd_jax.subspace import ROUNDING, contract, measure, power_of_two, random_probes, subspace_iteration, when
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
 METHODS = ("auto", "svd", "gram", "randomized")
+POWERS = 3
 SMALL = 2**16  # with fewer entries than this, a condition costs more than it saves
 
 
@@ -99,8 +100,9 @@ def truncated_svd(
             `rank` is r.
 
     Returns:
-        `LowRank(u [m, r], s [r], vt [r, n], rank [])`, entries past `rank` zero; never NaN for finite input. A matrix
-        with a NaN or infinite entry, or a Frobenius norm beyond float32, gives NaN factors of full rank.
+        `LowRank(u [m, r], s [r], vt [r, n], rank [])`, entries past `rank` zero. A matrix with a NaN or
+        infinite entry, or a Frobenius norm beyond float32, gives NaN factors of full rank; no other gives a NaN. Columns of u
+        whose singular value is at rounding, below about 1e-6 of the largest, are not orthogonal (method "svd": all are).
 
     Raises:
         ValueError: unknown method, a matrix that is not 2-D, `max_rank` below 1.
@@ -280,7 +282,7 @@ def choose_method(m: int, n: int) -> str:
     at most.
 
     T, batch and platform have their say where they are known. T: when the program runs, the attempt is given up after its
-    first product where the sketch misses more than 4 (1 - T) of the energy; which of the two is faster was the same for
+    first products where its directions miss more than 4 (1 - T) of the energy; which of the two is faster was the same for
     T = 0.95 and 0.98. Batch: it was the same for stacks of 1, 8 and 64 too, because a CPU takes the matrices one by one, each
     as long as it needs. An accelerator takes them together, as long as the slowest needs, and "svd", whose batches are
     serial there above 32 x 32 (not measured by us), is never chosen.
@@ -343,6 +345,7 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
 
     gram = contract(matrix, matrix, 0, 0)
     trace = jnp.trace(gram)
+    lift = jnp.where(trace < 1e-20, 2.0**60, 1.0)  # or products with the smallest numbers of float32 are 0
     usual = (trace > 1e-20) & (trace < 1e30)
     gram, finite = when(~usual, carefully, (gram, jnp.bool_(True)))
     trace = jnp.trace(gram)
@@ -357,8 +360,10 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
 
     right, rank, wanted = jnp.zeros((r, len(gram))), jnp.where(trace > 0, r + 1, 0), trace > 0
     if columns:
-        sketch = count_sketch(gram, columns)
-        _, x, found, certain = subspace_iteration(product, sketch, threshold, start=start, powers=3, precise=precise)
+        probes = random_probes(columns, len(gram))
+        _, x, found, certain = subspace_iteration(
+            product, probes, threshold, start=start, powers=POWERS, precise=precise
+        )
         right, rank, wanted = resized(x, right.shape), jnp.where(certain, found, rank), wanted & ~certain
     if not precise and r < len(gram):
         wanted &= _energy_bound(r, gram) > threshold - ROUNDING
@@ -367,7 +372,7 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     keep = _kept(rank, r, r, precise)
 
     def fill(columns, left):
-        return left.at[:, :columns].set(contract(matrix, right[:columns], 1, 1))
+        return left.at[:, :columns].set(contract(matrix, right[:columns] * lift, 1, 1) / lift)
 
     left = _only_used(jnp.sum(keep), r, matrix.size, fill, jnp.zeros((len(matrix), r)))
     return _sent(left, right, rank, r, precise)
@@ -381,15 +386,17 @@ def _randomized(r, precise, matrix, threshold, start) -> Factors:
     scale, total, finite = measure(matrix)
     share = 1.0 / jnp.where(finite & (total > 0), total, 1.0)
 
+    half = power_of_two(jnp.sqrt(scale))  # before and after, or products leave float32 at both of its ends
+
     def clean(thin):
-        return jnp.where(finite, thin / scale, 0.0)
+        return jnp.where(finite, thin / (scale / half), 0.0)
 
     def product(x):
-        y = clean(contract(matrix, x, 1, 1))
-        return y, clean(contract(y, matrix, 0, 0)) * share
+        y = clean(contract(matrix, x / half, 1, 1))
+        return y, clean(contract(y / half, matrix, 0, 0)) * share
 
-    sketch = clean(count_sketch(matrix, c))
-    left, right, rank, certain = subspace_iteration(product, sketch, threshold, start=start, precise=precise)
+    probes = random_probes(c, matrix.shape[1])
+    left, right, rank, certain = subspace_iteration(product, probes, threshold, start=start, precise=precise)
     certain = finite & (certain | (total == 0))
     few = _sent(left * scale, right, jnp.where(certain, rank, r + 1), r, precise)
     return when(finite & ~certain, lambda _: _gram(r, precise, matrix, threshold, None), few)

@@ -268,7 +268,7 @@ class RoundInfo:
     downlink_floats: Leaf  # [K] int32, the paper's count
     finite: Leaf  # [K] bool; False: weight zero, state not written back
     weight: Leaf  # [K], before normalisation
-    ranks: dict[str, Leaf]  # uplink, {leaf path: [K] int32}
+    ranks: dict[str, Leaf]  # uplink, {leaf path: [K] int32, or [K, b] where a leaf is b matrices}
 
 
 class Algorithm(NamedTuple):

@@ -5,8 +5,9 @@ the stack as a round does over its clients, split over the devices, "split" with
 are what `method="auto"` gains over the two, "limit" the time of the matrix products alone that no method of ours does without.
 Every factorisation may give up where the cost rule sends the matrix raw ("raw"). results.json holds the times of all.
 
-K is the float64 rank (median of the stack's matrices), "excess" how much above it the rank that `auto` found is, at most;
-"energy" the least energy it kept, less T; "orthogonal" the largest entry of V^T V - 1.
+K is the float64 rank (median of the 8 matrices of a kind; a stack of 1 holds the first, one of 64 each eight times), "excess"
+how much above it the rank that `auto` found is, at most; "energy" the least energy it kept, less T; "orthogonal" the largest
+entry of V^T V - 1.
 """
 
 import functools

@@ -314,6 +314,10 @@ def test_a_raw_leaf_decodes_to_exactly_itself():
     decoded = svd_codec(0.9).decode(svd_codec(0.9).encode(update, 0, KEY))
     chex.assert_trees_all_equal(decoded, update)
     assert np.signbit(decoded["zero"][0])
+    noise = np.random.default_rng(0).normal(size=(24, 20)).astype(np.float32)
+    noise[0, 0], noise[0, 1] = -0.0, 1e-40  # a number below the normal ones
+    decoded = np.asarray(svd_codec(0.9).decode(svd_codec(0.9).encode(noise, 0, KEY)))
+    assert decoded.tobytes() == noise.tobytes()
 
 
 def test_factors_of_a_narrow_leaf_travel_and_are_charged_as_narrow_numbers():
@@ -326,6 +330,15 @@ def test_factors_of_a_narrow_leaf_travel_and_are_charged_as_narrow_numbers():
     decoded = svd_codec(0.9).decode(payload)["w"]
     assert decoded.dtype == jnp.bfloat16
     np.testing.assert_allclose(decoded.astype(jnp.float32), update["w"].astype(jnp.float32), rtol=0.03)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_what_float16_factors_cannot_hold_goes_raw(shape):
+    codec, update = svd_codec(0.9), jnp.full(shape, 3e4, jnp.float16)
+    payload = codec.encode(update, 0, KEY)
+    chex.assert_tree_all_finite(payload.content)
+    assert int(payload.nbytes) == 2 * 600
+    chex.assert_trees_all_equal(codec.decode(payload), update)
 
 
 @pytest.mark.parametrize("ranks", [(1, 2), (0, 30), (60, 1), (110, 3), (270, 2), (270, 0)])

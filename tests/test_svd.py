@@ -303,9 +303,11 @@ LARGE, LARGER = (96, 64), (270, 264)
 
 @st.composite
 def large_matrices(draw, shape=LARGE):
-    """Low rank, fast or slow decay, with or without noise below it."""
+    """Low rank, fast or slow decay, with or without noise below it; singular vectors of any direction or along the axes."""
     (m, n), rng = shape, np.random.default_rng(draw(strategies.seeds))
     u, v = (np.linalg.qr(rng.normal(size=(size, n)))[0] for size in (m, n))
+    if draw(st.booleans()):
+        u, v = (np.eye(size)[rng.permutation(size)][:, :n] for size in (m, n))
     k = np.arange(n)
     values = draw(
         st.sampled_from(
@@ -393,6 +395,49 @@ def test_hard_easy_zero_and_broken_clients_side_by_side(poison, scale, shape):
         mine, expected = one(factors, i), alone(matrix, jnp.float32(0.9))
         chex.assert_trees_all_close(*(jax.tree.map(lambda x: x / scale, tree) for tree in (mine, expected)), rtol=1e-5)
     np.testing.assert_allclose(factors.left[0] @ factors.right[0] / scale, easy, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "randomized"])
+@pytest.mark.parametrize("shape", [LARGE, LARGER])
+def test_matrices_at_both_ends_of_float32(method, shape):
+    rng = np.random.default_rng(0)
+    pair = np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1])) + np.outer(
+        np.eye(shape[0])[3], np.eye(shape[1])[5]
+    )
+    largest = np.zeros(shape)
+    largest[3, 4], largest[7, 8] = 1.8e38, 0.2e38
+    for matrix in (largest, *(pair / np.abs(pair).max() * scale for scale in (3e-37, 1e-30, 1e30, 1e35))):
+        matrix = matrix.astype(np.float32)
+        factors = jitted_factors(method, 30)(matrix, jnp.float32(0.9))
+        scaled = (matrix / np.abs(matrix).max()).astype(np.float64)
+        assert int(factors.rank) == reference.exact_rank(scaled, 0.9)
+        sent = np.asarray(factors.left, np.float64) @ np.asarray(factors.right, np.float64) / np.abs(matrix).max()
+        assert np.sum((scaled - sent) ** 2) < 0.1 * np.sum(scaled**2)
+
+
+def test_all_at_once_as_on_an_accelerator_equals_one_by_one():
+    """On one core, where batched LAPACK calls cannot wait for each other."""
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, jax.numpy as jnp, numpy as np
+from fedkd_jax.svd import _gram, _randomized, _svd
+rng = np.random.default_rng(0)
+for run, shape in ((_svd, (96, 64)), (_gram, (96, 64)), (_randomized, (96, 64)), (_randomized, (270, 264))):
+    easy = np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1]))
+    stack = np.stack([easy, rng.normal(size=shape), np.zeros(shape), np.full(shape, np.nan), 1e-30 * easy])
+    stack = stack.astype(np.float32)
+    one = jax.jit(lambda x: run(20, False, x, jnp.float32(0.9), None))
+    together = jax.jit(jax.vmap(one))(stack)
+    assert together.rank.tolist() == [1, 21, 0, 21, 1], together.rank
+    product = together.left @ together.right
+    for i, matrix in enumerate(stack):
+        alone = one(matrix)
+        np.testing.assert_allclose(product[i], alone.left @ alone.right, rtol=1e-3, atol=1e-5 * np.nan_to_num(matrix).max())
+"""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no way to ask for one core here")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @given(large_matrices(), st.integers(1, 63))
