@@ -32,6 +32,7 @@ SHAPES = (*updates.TEXT, *updates.IMAGE)
 SPECTRA = {"noise": 0.0, "i^-0.5": 0.5, "i^-1": 1.0, "i^-1.5": 1.5}
 THRESHOLDS = (0.95, 0.98)
 STACK = 8  # different matrices of one kind
+STACKS = (1, STACK, 64)
 COLUMNS = ("shape", "stack", "kind", "T", "auto ms", "limit ms", "x vmap", "x split")
 COLUMNS += ("K", "excess", "energy", "orthogonal", "raw")
 
@@ -164,7 +165,7 @@ def bench_svd(interleave: Callable, devices: int, quick: bool) -> Iterator[dict]
         found = {}
         for kind, threshold, method in itertools.product(kinds, THRESHOLDS, methods):
             found[kind, threshold, method] = quality(kinds[kind], threshold, most, method)
-        for count in (2,) if quick else (1, STACK, 64):
+        for count in (2,) if quick else STACKS:
             d = min(devices, count)
             chunk = 1 if jax.default_backend() == "cpu" else None
             layout = Layout(mesh=client_mesh(d) if d > 1 else None, chunk=chunk)
