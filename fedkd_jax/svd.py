@@ -33,7 +33,6 @@ from fedkd_jax.subspace import ROUNDING, contract, measure, power_of_two, random
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
 METHODS = ("auto", "svd", "gram", "randomized")
-POWERS = 3
 SMALL = 2**16  # with fewer entries than this, a condition costs more than it saves
 
 
@@ -101,8 +100,9 @@ def truncated_svd(
 
     Returns:
         `LowRank(u [m, r], s [r], vt [r, n], rank [])`, entries past `rank` zero. A matrix with a NaN or
-        infinite entry, or a Frobenius norm beyond float32, gives NaN factors of full rank; no other gives a NaN. Columns of u
-        whose singular value is at rounding, below about 1e-6 of the largest, are not orthogonal (method "svd": all are).
+        infinite entry, or a Frobenius norm beyond float32, gives NaN factors of full rank; no other gives a NaN. "svd" gives
+        orthonormal columns of u throughout; the others, which work with M^T M in float32, to about 1e-3 down to a hundredth of
+        the largest singular value, and no longer below a thousandth. V is orthonormal with all.
 
     Raises:
         ValueError: unknown method, a matrix that is not 2-D, `max_rank` below 1.
@@ -361,9 +361,7 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     right, rank, wanted = jnp.zeros((r, len(gram))), jnp.where(trace > 0, r + 1, 0), trace > 0
     if columns:
         probes = random_probes(columns, len(gram))
-        _, x, found, certain = subspace_iteration(
-            product, probes, threshold, start=start, powers=POWERS, precise=precise
-        )
+        _, x, found, certain = subspace_iteration(product, probes, threshold, start=start, powers=3, precise=precise)
         right, rank, wanted = resized(x, right.shape), jnp.where(certain, found, rank), wanted & ~certain
     if not precise and r < len(gram):
         wanted &= _energy_bound(r, gram) > threshold - ROUNDING
@@ -385,7 +383,6 @@ def _randomized(r, precise, matrix, threshold, start) -> Factors:
         return _gram(r, precise, matrix, threshold, start, columns=c)
     scale, total, finite = measure(matrix)
     share = 1.0 / jnp.where(finite & (total > 0), total, 1.0)
-
     half = power_of_two(jnp.sqrt(scale))  # before and after, or products leave float32 at both of its ends
 
     def clean(thin):
