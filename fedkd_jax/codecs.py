@@ -154,8 +154,8 @@ def svd_codec(
 
     A matrix goes as factors only where K (m + n) + K^2 < m n, the paper's rule; otherwise it goes raw and decodes to exactly
     itself, so a message never costs more than `identity_codec`'s. A matrix with a NaN or infinite entry goes raw.
-    Matrices of one shape, of all leaves, are factorised together, in float32; the factors of a 16-bit leaf are rounded to its
-    dtype, which may cost more energy than T allows.
+    Matrices of one shape, of all leaves, are factorised together, in float32, and travel as float32; the factors of a 16-bit
+    leaf are rounded to its dtype, which may cost more energy than T allows.
 
     Decoding has no gradient with respect to the update. For the straight-through one, in a loss that looks through the codec,
     write `update + stop_gradient(decode(encode(update)) - update)`.
@@ -199,7 +199,7 @@ def svd_codec(
             if (matrices := matrices_of(name, leaf)) is not None:
                 b, m, n = matrices.shape
                 if (choose_method(m, n) if method == "auto" else method) == "randomized":
-                    state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)))
+                    state[name] = jnp.zeros((b, sketch_columns(min(m, n)), min(m, n)), jnp.float32)
         return state
 
     def compress(update: PyTree, round, key, state: dict[str, Any]) -> tuple[Payload, dict[str, Any]]:
@@ -229,8 +229,9 @@ def svd_codec(
                 factors = Factors(left, right, jnp.where(as_factors, factors.rank, most + 1))
             k = jnp.where(as_factors, factors.rank, 0)
             sent = jnp.where(as_factors, k * (m + n), m * n)
-            floats += jnp.sum(sent + k * k)
-            nbytes += jnp.sum(sent * dtype.itemsize + jnp.where(as_factors, RANK_BYTES, 0))
+            width = jnp.where(as_factors, factors.left.dtype.itemsize, dtype.itemsize)
+            floats += jnp.sum(sent + k * k, dtype=jnp.int32)
+            nbytes += jnp.sum(sent * width + jnp.where(as_factors, RANK_BYTES, 0), dtype=jnp.int32)
             rank, start = jnp.where(as_factors, k, min(m, n)), 0
             for name, matrices in group.items():
                 own = slice(start, start := start + len(matrices))
@@ -256,7 +257,9 @@ def svd_codec(
 
     def decode(payload: Payload) -> PyTree:
         def one(x):
-            low_rank = jax.vmap(lambda f: weighted_product(jax.tree.map(lambda y: y[None], f), jnp.ones(1)))(x.factors)
+            low_rank = jax.vmap(
+                lambda f: weighted_product(jax.tree.map(lambda y: y[None], f), jnp.ones(1, jnp.float32))
+            )(x.factors)
             raw = x.raw.reshape(low_rank.shape)
             return jnp.where(x.as_factors[:, None, None], low_rank.astype(raw.dtype), raw).reshape(x.raw.shape)
 
@@ -275,7 +278,9 @@ def _decoded(x: _Factored, weights: Float[Array, "k"]) -> Array:
     if x.raw.size < SMALL:
         return low_rank.reshape(shape) + weighted_sum(x.raw, weights)
     some_raw = jnp.any(~x.as_factors & (weights > 0)[:, None])
-    return low_rank.reshape(shape) + when(some_raw, lambda _: weighted_sum(x.raw, weights), jnp.zeros(shape))
+    return low_rank.reshape(shape) + when(
+        some_raw, lambda _: weighted_sum(x.raw, weights), jnp.zeros(shape, jnp.result_type(x.raw, weights))
+    )
 
 
 def max_factored_rank(m: int, n: int) -> int:

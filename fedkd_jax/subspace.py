@@ -76,11 +76,11 @@ def subspace_iteration(
             residuals = jnp.sum((images - vectors * values[:, None]) ** 2, axis=1)
             return vectors, images, z, *certified_rank(values, residuals, threshold, precise=precise)
 
-        x, image, z, *found = when(kept > threshold, rayleigh_ritz, (x, image, jnp.zeros((c, c)), *nothing))
+        x, image, z, *found = when(kept > threshold, rayleigh_ritz, (x, image, none, *nothing))
         hopeless = ~(kept > threshold) & ((sweeps + 1) * powers >= 2)  # two products come near what many would hold
         return sweeps + 1, hopeless, image, (x, y, z, *found)
 
-    nothing = (jnp.int32(0), jnp.bool_(False))
+    none, nothing = jnp.zeros((c, c), probes.dtype), (jnp.int32(0), jnp.bool_(False))
     if start is None:
         y, image = product(probes)
         # rows of Q^T M, where Q is an orthonormal basis of M probes^T: what they hold is what that basis holds of M
@@ -90,8 +90,8 @@ def subspace_iteration(
     else:
         image = jnp.where(jnp.any(start != 0, axis=1, keepdims=True), start, probes)
         y, hopeless = jax.eval_shape(product, image)[0], jnp.bool_(False)
-    state = (0, hopeless, image, (jnp.zeros_like(image), jnp.zeros(y.shape), jnp.zeros((c, c)), *nothing))
-    *_, (x, y, z, rank, certain) = jax.lax.while_loop(again, sweep, state)
+    state = (jnp.int32(0), hopeless, image, (jnp.zeros_like(image), jnp.zeros(y.shape, y.dtype), none, *nothing))
+    *_, (x, y, z, rank, certain) = jax.lax.while_loop(again, sweep, tied(state, image[0, 0] > 0))
     return contract(y, z, 1, 0), x, rank, certain
 
 
@@ -154,7 +154,7 @@ def whitening(gram: Float[Array, "k k"], accuracy: float) -> Float[Array, "k k"]
     True
     """
     lower = jnp.linalg.cholesky(gram, symmetrize_input=False)
-    inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(len(gram)), left_side=True, lower=True)
+    inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(len(gram), dtype=gram.dtype), left_side=True, lower=True)
     squares = jnp.diagonal(gram)
 
     def from_eigh(_):
@@ -221,4 +221,19 @@ def when(wanted: Bool[Array, ""], make: Callable[[PyTree], PyTree], otherwise: P
     >>> jax.vmap(lambda x: when(x < 0, jnp.negative, x))(jnp.array([1, -2])).tolist()
     [1, 2]
     """
-    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), make(c[1])), (wanted, otherwise))[1]
+
+    def once(state):
+        wanted, otherwise = state
+        return wanted & False, tied(make(otherwise), wanted)
+
+    return jax.lax.while_loop(lambda state: state[0], once, (wanted, tied(otherwise, wanted)))[1]
+
+
+def tied(tree: PyTree, flag: Bool[Array, ""]) -> PyTree:
+    """The same tree, which within `shard_map` now varies over the mesh axes that `flag` varies over: what a loop asks of the
+    constants it starts from. The compiler removes it.
+
+    >>> tied({"a": 3}, jnp.bool_(True))["a"].tolist()
+    3
+    """
+    return jax.tree.map(lambda x: jnp.where(flag, x, x), tree)

@@ -13,7 +13,7 @@ for more than `max_rank` directions, two sums over G can show that more are need
 (`_energy_bound`).
 
 A matrix whose squares leave float32, or its thin products, is divided by a power of two near its entries. All products are at
-highest precision: TF32 would spoil the Gram matrix. Within `shard_map`, pass `check_vma=False`: loops start from constants.
+highest precision: TF32 would spoil the Gram matrix.
 
 Nothing here is differentiated: gradients through an SVD are NaN wherever singular values repeat or vanish, so the factors carry
 none (`stop_gradient`). For the straight-through gradient, write `x + stop_gradient(decode(encode(x)) - x)`.
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
 
-from fedkd_jax.subspace import ROUNDING, contract, measure, power_of_two, random_probes, subspace_iteration, when
+from fedkd_jax.subspace import ROUNDING, contract, measure, power_of_two, random_probes, subspace_iteration, tied, when
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
 METHODS = ("auto", "svd", "gram", "randomized")
@@ -206,7 +206,7 @@ def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Arra
         return jax.lax.dot_general(left, factors.right[:, :columns], axes, precision=jax.lax.Precision.HIGHEST)
 
     used = jnp.max(jnp.where(factors.rank > r, 0, factors.rank), initial=0)
-    return _only_used(used, r, len(weights) * m * n, add, jnp.zeros((m, n)))
+    return _only_used(used, r, len(weights) * m * n, add, jnp.zeros((m, n), jnp.result_type(factors.left, weights)))
 
 
 class MatrixView(NamedTuple):
@@ -318,13 +318,13 @@ def _factorise(matrix, threshold, method, r, precise, start=None) -> Factors:
     otherwise any directions that keep enough energy will do, and none where r are too few."""
     m, n = matrix.shape
     if r == 0:
-        return Factors(jnp.zeros((m, r)), jnp.zeros((r, n)), jnp.int32(0))
+        return Factors(matrix[:, :r], matrix[:r], jnp.int32(0))
     method = choose_method(m, n) if method == "auto" else method
     run = functools.partial({"svd": _svd, "gram": _gram, "randomized": _randomized}[method], r, precise)
     # On a CPU `vmap` becomes a loop: two batched LAPACK calls of different shapes in one program can hang there for good
     # (jax 0.10.2, two cores), and batches are serial from jax 0.11 on anyway. On a GPU eigh is truly batched.
     one_by_one = jax.custom_batching.sequential_vmap(run)
-    threshold, start = jax.lax.stop_gradient((jnp.float32(threshold), start))
+    threshold, start = tied(jax.lax.stop_gradient((jnp.float32(threshold), start)), matrix[0, 0] > 0)
     return jax.lax.platform_dependent(matrix, threshold, start, cpu=one_by_one, default=run)
 
 
@@ -352,13 +352,13 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     gram = gram / jnp.where(trace > 0, trace, 1.0)
 
     def product(x):
-        return jnp.zeros((0, columns)), contract(x, gram, 1, 0)
+        return jnp.zeros((0, columns), x.dtype), contract(x, gram, 1, 0)
 
     def eigenvectors(_):
         values, v = jnp.linalg.eigh(gram, symmetrize_input=False)
         return v[:, ::-1].T[:r], retained_rank(jnp.sqrt(jnp.maximum(values[::-1], 0.0)), threshold)
 
-    right, rank, wanted = jnp.zeros((r, len(gram))), jnp.where(trace > 0, r + 1, 0), trace > 0
+    right, rank, wanted = jnp.zeros((r, len(gram)), gram.dtype), jnp.where(trace > 0, r + 1, 0), trace > 0
     if columns:
         probes = random_probes(columns, len(gram))
         _, x, found, certain = subspace_iteration(product, probes, threshold, start=start, powers=3, precise=precise)
@@ -372,7 +372,7 @@ def _gram(r, precise, matrix, threshold, start, columns=0) -> Factors:
     def fill(columns, left):
         return left.at[:, :columns].set(contract(matrix, right[:columns] * lift, 1, 1) / lift)
 
-    left = _only_used(jnp.sum(keep), r, matrix.size, fill, jnp.zeros((len(matrix), r)))
+    left = _only_used(jnp.sum(keep), r, matrix.size, fill, jnp.zeros((len(matrix), r), matrix.dtype))
     return _sent(left, right, rank, r, precise)
 
 
@@ -418,7 +418,7 @@ def resized(x: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "...
     >>> resized(jnp.ones((1, 3)), (2, 2)).tolist()
     [[1.0, 1.0], [0.0, 0.0]]
     """
-    return jax.lax.pad(x, 0.0, [(0, new - old, 0) for new, old in zip(shape, x.shape, strict=True)])
+    return jax.lax.pad(x, x.dtype.type(0), [(0, new - old, 0) for new, old in zip(shape, x.shape, strict=True)])
 
 
 def _only_used(used, r, size, make, nothing):

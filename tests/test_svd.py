@@ -27,6 +27,7 @@ from fedkd_jax import (
     truncated_svd,
     weighted_product,
 )
+from fedkd_jax.parallel import client_mesh
 from fedkd_jax.svd import METHODS, _energy_bound, choose_method, sketch_columns
 
 both = chex.variants(with_jit=True, without_jit=True)
@@ -107,7 +108,9 @@ def test_every_method_finds_the_same_rank_and_keeps_the_energy(method, matrix, t
     assert int(low_rank.rank) == reference.exact_rank(matrix, threshold)
     if matrix.any():
         assert lost(matrix, low_rank) < 1 - threshold
-    np.testing.assert_allclose(low_rank.s, svd(matrix, threshold).s, rtol=1e-3, atol=1e-5)
+    exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    kept = np.where(np.arange(len(exact)) < int(low_rank.rank), exact, 0)
+    np.testing.assert_allclose(low_rank.s, kept, rtol=1e-3, atol=1e-5)
 
 
 @each_method
@@ -438,6 +441,26 @@ for run, shape in ((_svd, (96, 64)), (_gram, (96, 64)), (_randomized, (96, 64)),
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no way to ask for one core here")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), LARGE, LARGER])
+def test_within_shard_map_and_with_64_bit_numbers_all_is_as_without(shape, eight_devices):
+    """`shard_map` as it is by default, which asks what each constant varies over; in 64 bits the factors stay float32."""
+    del eight_devices
+    rng = np.random.default_rng(0)
+    stack = rng.normal(size=(8, *shape)) * (np.arange(8) > 3)[:, None, None] + np.ones(shape)
+    clients = jax.sharding.PartitionSpec("clients")
+    for method in ("svd", "gram", "randomized"):
+        run = jax.vmap(functools.partial(factorise, threshold=0.9, method=method, max_rank=3))
+        sharded = jax.shard_map(run, mesh=client_mesh(2), in_specs=clients, out_specs=clients)
+        expected = jax.jit(run)(stack.astype(np.float32))
+        for wide, fn in ((False, sharded), (True, run)):
+            with jax.enable_x64(wide):
+                assert jnp.asarray(stack).dtype == (jnp.float64 if wide else jnp.float32)
+                factors = jax.block_until_ready(jax.jit(fn)(stack))
+            chex.assert_trees_all_equal_shapes_and_dtypes(factors, expected)
+            np.testing.assert_array_equal(factors.rank, expected.rank)
+            np.testing.assert_allclose(factors.left @ factors.right, expected.left @ expected.right, atol=1e-3)
 
 
 @given(large_matrices(), st.integers(1, 63))
