@@ -278,7 +278,7 @@ def choose_method(m: int, n: int) -> str:
     ===========  ============  ======================  ============
 
     What decides is the spectrum, which only an attempt finds out. In vain it costs up to half as much again, and for updates of
-    many Adam steps `method="gram"` saves that. Below a shorter side of 48 the two differ by some 50 microseconds of one core
+    many Adam steps `method="gram"` saves that. Below a shorter side of 48 the two differ by some 30 microseconds of one core
     at most.
 
     T, batch and platform have their say where they are known. T: when the program runs, the attempt is given up after its

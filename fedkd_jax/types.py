@@ -145,7 +145,8 @@ class Codec(NamedTuple):
     """Compression of an update: `encode(update, round, key) -> Payload` and `decode(payload) -> update`.
 
     `decode_sum(payloads [K], weights [K]) -> sum_k weights[k] decode(payloads[k])` is for codecs that can add messages up
-    without decoding each; what it gives must be finite where the messages are.
+    without decoding each; what it gives must be finite where the messages are. A round calls it once for each chunk of its
+    `Layout`: on an accelerator once, on a CPU for a few clients or one, as larger groups were no faster there.
 
     `init(update) -> state` is for codecs that remember something from message to message. Then
     `encode(update, round, key, state) -> (Payload, state)`; each client and the server keep a state of their own.
