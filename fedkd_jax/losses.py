@@ -4,12 +4,13 @@ Pure functions of one client's model outputs; no client axis, no parameters. A m
 every value and gradient, whatever its logits or label hold.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from fedkd_jax.types import Array, LossTerms, Outputs
 
@@ -34,6 +35,15 @@ def _hide(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[..., None], values, 0.0)
 
 
+def answered(labels: Int[Array, "..."], mask: Shaped[Array, "..."]) -> Bool[jax.Array, "..."]:
+    """The mask over labels of what is to be predicted: not masked, and a label that is not below 0.
+
+    >>> answered(jnp.array([[3, -1], [1, 1]]), jnp.array([True, False])).tolist()
+    [[True, False], [False, False]]
+    """
+    return _expand(mask, labels.shape) & (jnp.asarray(labels) >= 0)
+
+
 def cross_entropy(
     logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], mask: Shaped[Array, "..."]
 ) -> Float[Array, ""]:
@@ -41,7 +51,7 @@ def cross_entropy(
 
     Args:
         logits: `[B, ..., C]` float32.
-        labels: `[B, ...]` int, in 0..C-1 where not masked.
+        labels: `[B, ...]` int, in 0..C-1; below 0 where there is nothing to predict, which masks the entry.
         mask: bool or 0/1 over the leading axes: `[B]`, or `[B, L]` for tokens; False entries do not count.
 
     Returns:
@@ -55,7 +65,7 @@ def cross_entropy(
     >>> float(cross_entropy(logits, labels, jnp.array([True, False]))).__round__(4)
     0.1269
     """
-    mask = _expand(mask, labels.shape)
+    mask = answered(labels, mask)
     logits, labels = _hide(jnp.asarray(logits), mask), jnp.where(mask, labels, 0)
     return _masked_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
 
@@ -112,8 +122,9 @@ def hidden_loss(
     attention maps). The sum over layers is the reference code's; the paper writes one layer only.
 
     Args:
-        teacher, student: hidden `[B, ..., d_t]` and `[B, ..., d_s]`, attention `[B, heads, L, L]`; either may be `()`.
-        mask: bool over leading axes. A token mask `[B, L]` hides an attention pair when it hides its query or its key.
+        teacher, student: hidden `[B, ..., d_t]` and `[B, ..., d_s]`, attention `[B, ..., heads, L, L]`; either may be `()`.
+            Where a model gives a mask of its own (padding), positions hidden by it do not count either.
+        mask: bool over leading axes. A token mask `[B, ..., L]` hides an attention pair when it hides its query or its key.
         projection: W_h per student layer, `[d_s, d_t]` (rows times matrix: `H_s @ W_h`); None is the identity.
 
     Raises:
@@ -130,10 +141,15 @@ def hidden_loss(
         raise ValueError(
             f"projection has {len(projection)} matrices; allowed: one per student layer, {len(student.hidden)}"
         )
+    own_masks = [x.mask for x in (teacher, student) if not isinstance(x.mask, tuple)]
+
+    def entries_of(shape: tuple[int, ...]) -> jax.Array:
+        return functools.reduce(jnp.logical_and, [_expand(m, shape) for m in (mask, *own_masks)])
+
     total = jnp.zeros((), jnp.float32)
     for j, i in enumerate(layer_map(len(teacher.hidden), len(student.hidden))):
         target, own = jnp.asarray(teacher.hidden[i]), jnp.asarray(student.hidden[j])
-        entries = _expand(mask, own.shape[:-1])
+        entries = entries_of(own.shape[:-1])
         target, own = _hide(target, entries), _hide(own, entries)
         if projection is not None:
             if projection[j].shape != (own.shape[-1], target.shape[-1]):
@@ -153,14 +169,14 @@ def hidden_loss(
         if own.shape != target.shape:
             raise ValueError(
                 f"attention of student layer {j} has shape {own.shape} and of teacher layer {i} {target.shape}; "
-                "allowed: equal shapes [B, heads, L, L]"
+                "allowed: equal shapes [B, ..., heads, L, L]"
             )
-        batch, _, queries, keys = own.shape
-        if jnp.ndim(mask) >= 2 and jnp.shape(mask)[1] == queries == keys:
-            token = _expand(mask, (batch, queries))
-            pairs = token[:, None, :, None] & token[:, None, None, :]
+        *lead, _, queries, keys = own.shape
+        if any(jnp.shape(m)[len(lead) :][:1] == (queries,) == (keys,) for m in (mask, *own_masks)):
+            token = entries_of((*lead, queries))
+            pairs = token[..., None, :, None] & token[..., None, None, :]
         else:
-            pairs = _expand(mask, (batch,))[:, None, None, None]
+            pairs = entries_of(tuple(lead))[..., None, None, None]
         pairs = jnp.broadcast_to(pairs, own.shape)
         total += _masked_mean((jnp.where(pairs, target, 0.0) - jnp.where(pairs, own, 0.0)) ** 2, pairs)
     return total
@@ -190,7 +206,7 @@ def mutual_distillation(
 
     Args:
         teacher, student: outputs on the same batch, logits `[B, ..., C]`.
-        labels: `[B, ...]` int.
+        labels: `[B, ...]` int; below 0 where there is nothing to predict: such an entry is in Hid only.
         mask: bool or 0/1 over the leading axes; False entries do not count.
         projection: W_h per student layer, `[d_s, d_t]`; None where widths are equal and no map is wanted.
         adaptive: False divides by 1.
@@ -216,9 +232,9 @@ def mutual_distillation(
     denominator = jnp.where(denominator > 0, denominator, 1.0)
     if stop_weight_gradient:
         denominator = jax.lax.stop_gradient(denominator)
-    zero = jnp.zeros_like(teacher_task)
-    teacher_distill = kl_divergence(student.logits, teacher.logits, mask) / denominator if distill else zero
-    student_distill = kl_divergence(teacher.logits, student.logits, mask) / denominator if distill else zero
+    zero, entries = jnp.zeros_like(teacher_task), answered(labels, mask)
+    teacher_distill = kl_divergence(student.logits, teacher.logits, entries) / denominator if distill else zero
+    student_distill = kl_divergence(teacher.logits, student.logits, entries) / denominator if distill else zero
     hid = hidden_loss(teacher, student, mask, projection) / denominator if hidden else zero
     return LossTerms(
         teacher_task=teacher_task,

@@ -51,7 +51,8 @@ class Outputs:
 
     logits: Leaf  # [B, ..., C]
     hidden: tuple[Leaf, ...] = ()  # one entry per layer, lowest first, each [B, ..., d]
-    attention: tuple[Leaf, ...] = ()  # one entry per layer, lowest first, each [B, heads, L, L]
+    attention: tuple[Leaf, ...] = ()  # one entry per layer, lowest first, each [B, ..., heads, L, L]
+    mask: Leaf = ()  # [B, ...] bool over the positions of hidden states, where some are padding
 
 
 class Model(NamedTuple):
@@ -309,4 +310,6 @@ class History:
     """
 
     rounds: Any  # RoundInfo [R, K], NumPy
-    evaluations: tuple[dict, ...]  # each {"round": r, model name: {metric: [N]}}
+    evaluations: tuple[
+        dict, ...
+    ]  # each {"round": r, model name: {metric: [N]}, "pooled": {model name: {metric: float}}}

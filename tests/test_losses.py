@@ -286,3 +286,42 @@ def test_shapes_that_do_not_fit_are_told_apart():
     ]:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+@given(strategies.seeds, st.lists(st.integers(1, 4), min_size=3, max_size=3), st.integers(0, 1))
+def test_padding_and_positions_without_a_label_change_nothing(seed, lengths, leading):
+    """A model's own mask over positions `[B, L]` or `[B, N, L]`, labels below 0: as if what they hide held other values."""
+    rng = np.random.default_rng(seed)
+    lead = (3,) if leading == 0 else (3, 2)
+    mask = np.broadcast_to((np.arange(4) < np.array(lengths)[:, None]).reshape(3, *[1] * leading, 4), (*lead, 4))
+    labels = np.where(rng.random((*lead, 4)) < 0.5, rng.integers(0, 5, (*lead, 4)), -1)
+    rows = np.array([True, True, False])
+
+    def outputs(rng, other):
+        hide = lambda x, m: np.where(m, x, other.normal(size=x.shape)).astype(np.float32)  # noqa: E731
+        hidden = hide(rng.normal(size=(*lead, 4, 6)), mask[..., None])
+        pairs = (mask[..., :, None] & mask[..., None, :])[..., None, :, :]
+        attention = hide(rng.normal(size=(*lead, 2, 4, 4)), pairs)
+        logits = hide(rng.normal(size=(*lead, 4, 5)), (labels >= 0)[..., None])
+        return Outputs(logits, (hidden,), (attention,), mask)
+
+    terms = []
+    for other in (1, 2):
+        pair = [
+            outputs(np.random.default_rng([seed, model]), np.random.default_rng([seed, other, model]))
+            for model in (0, 1)
+        ]
+        terms.append(jitted_mutual(leading)(*pair, labels, rows))
+    chex.assert_trees_all_close(*terms, rtol=1e-5)
+    teacher, student = pair
+    keep = rows.reshape(-1, *[1] * leading, 1) & mask
+    expected = np.mean((teacher.hidden[0] - student.hidden[0])[keep] ** 2)
+    both = (keep[..., :, None] & keep[..., None, :])[..., None, :, :]
+    expected += np.mean((teacher.attention[0] - student.attention[0])[np.broadcast_to(both, (*lead, 2, 4, 4))] ** 2)
+    np.testing.assert_allclose(terms[0].hidden, expected, rtol=1e-4)
+
+
+@functools.cache
+def jitted_mutual(leading):
+    del leading  # another shape, another compilation
+    return jax.jit(functools.partial(mutual_distillation, adaptive=False))

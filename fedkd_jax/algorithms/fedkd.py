@@ -95,6 +95,7 @@ def fedkd(
     downlink: Codec | None = None,
     loss_fn: Callable[..., LossTerms] = mutual_distillation,
     project: bool = True,
+    share_frozen: bool = False,
     message: str = "update",
     reset_student_optimizer: bool = True,
     weight_fn: Callable[[Array], Array] = example_weight,
@@ -120,6 +121,8 @@ def fedkd(
             `functools.partial(mutual_distillation, adaptive=False)` and the like.
         project: whether there is a learnable W_h per matched layer, kept by the client and never sent. False compares
             hidden states as they are.
+        share_frozen: whether the frozen parameters of both models are the same, such as pretrained embeddings, and are kept
+            once, the teacher's.
         message: "update", or "gradient" (needs `steps=1`): the server then steps with `student_optimizer` unless
             `server_optimizer` is given.
         reset_student_optimizer: whether the student's optimiser starts anew each round, or stays with the client.
@@ -132,8 +135,8 @@ def fedkd(
 
     Raises:
         ValueError: a student with more layers than the teacher, `message="gradient"` with `steps` other than 1, an
-            unknown `message`, no `example` where it is needed, hidden shapes that cannot be compared (when the round is
-            traced).
+            unknown `message`, no `example` where it is needed, `share_frozen` of models whose frozen parameters differ in
+            structure or shape, hidden shapes that cannot be compared (when the round is traced).
 
     Reference: https://doi.org/10.1038/s41467-022-29763-x. Differences: README.
 
@@ -161,6 +164,14 @@ def fedkd(
 
     jax.eval_shape(projection_of, jax.random.key(0))  # a student too deep is told here, not when the round is traced
 
+    student_frozen = "teacher" if share_frozen else "student"
+    if share_frozen:
+        shapes = [jax.eval_shape(lambda m=m: split_params(m, m.init(jax.random.key(0)))[1]) for m in (teacher, student)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"share_frozen is True with frozen parameters {shapes[0]} and {shapes[1]}; allowed: equal shapes"
+            )
+
     def init_server(key: Key) -> ServerState:
         teacher_key, student_key = jax.random.split(key)
         params, frozen = split_params(student, student.init(student_key))
@@ -168,7 +179,7 @@ def fedkd(
         return ServerState(
             params=params,
             opt_state=server_optimizer.init(params),
-            frozen={"teacher": teacher_frozen, "student": frozen},
+            frozen={"teacher": teacher_frozen} | ({} if share_frozen else {"student": frozen}),
             round=jnp.int32(0),
             codec=init_codec(downlink, params),
         )
@@ -194,7 +205,7 @@ def fedkd(
         return teacher.apply(merge_params(client.teacher, server.frozen["teacher"]), inputs, key=key)
 
     def apply_student(params, server: ServerState, inputs: Array, key: Key | None = None):
-        return student.apply(merge_params(params, server.frozen["student"]), inputs, key=key)
+        return student.apply(merge_params(params, server.frozen[student_frozen]), inputs, key=key)
 
     def local(server: ServerState, client: ClientState, data, key: Key) -> LocalResult:
         def step(carry, mini: Batch, key: Key):

