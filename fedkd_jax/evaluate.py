@@ -1,8 +1,9 @@
-"""Evaluation of every model an algorithm predicts with, on each client's own test examples."""
+"""Evaluation of every model an algorithm predicts with: on each client's own test examples, and on all of them together."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import numpy as np
 
 from fedkd_jax.local import gather_batch
 from fedkd_jax.losses import cross_entropy
-from fedkd_jax.metrics import accuracy
+from fedkd_jax.metrics import AnyMetric, accuracy, as_metric
 from fedkd_jax.parallel import Layout, map_clients
-from fedkd_jax.types import Algorithm, Array, FederatedData, State
+from fedkd_jax.types import Algorithm, FederatedData, State
 
-METRICS: Mapping[str, Callable] = {"accuracy": accuracy, "loss": cross_entropy}
+METRICS: Mapping[str, AnyMetric] = {"accuracy": accuracy, "loss": cross_entropy}
+RESERVED = ("round", "pooled")
 
 
 def evaluate(
@@ -22,20 +24,25 @@ def evaluate(
     state: State,
     data: FederatedData,
     *,
-    metrics: Mapping[str, Callable[..., Array]] = METRICS,
+    metrics: Mapping[str, AnyMetric] = METRICS,
     batch: int = 256,
-) -> dict[str, dict[str, np.ndarray]]:
-    """Each client's metrics on its own examples, for each of the algorithm's models.
+) -> dict[str, dict[str, Any]]:
+    """Each client's metrics on its own examples, and those of all clients' examples, for each of the algorithm's models.
 
     Args:
         algorithm: whose `predict` says which models there are.
         state: server and all N clients.
-        data: N clients' test examples.
-        metrics: `{name: f(logits, labels, mask) -> []}`, means over unmasked entries.
+        data: N clients' test examples; labels `[n, ...]` as the metrics want them, which may not be as in training.
+        metrics: `{name: metric}`, each a `Metric` or a mean over unmasked rows `f(logits, labels, mask) -> []`, whose mask has
+            the labels' shape. Labels of masked rows are -1.
         batch: rows of a batch.
 
     Returns:
-        `{model: {metric: [N] float32}}`, NaN for a client without examples.
+        `{model: {metric: [N] float32}}`, NaN for a client without examples; and `"pooled": {model: {metric: float}}`, the
+        value of all clients' counts together, for a plain function the mean weighted by rows.
+
+    Raises:
+        ValueError: a model is called "round" or "pooled".
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -44,38 +51,55 @@ def evaluate(
     ...                      count=np.array([2, 0]), max_count=2)
     >>> from fedkd_jax import init_state
     >>> state = init_state(algorithm, 2, jax.random.key(0))
-    >>> evaluate(algorithm, state, data)["model"]["accuracy"].shape
-    (2,)
+    >>> result = evaluate(algorithm, state, data)
+    >>> result["model"]["accuracy"].shape, result["pooled"]["model"]["accuracy"] - float(result["model"]["accuracy"][0])
+    ((2,), 0.0)
     """
-    batch = min(batch, data.max_count)
-    static = dict(layout=algorithm.layout or Layout(), names=tuple(metrics), fns=tuple(metrics.values()), batch=batch)
-    results = _evaluate(
-        state, data, models=tuple(algorithm.predict), predict=tuple(algorithm.predict.values()), **static
+    for model in algorithm.predict:
+        if model in RESERVED:
+            raise ValueError(f"a model is called {model!r}; allowed: any name but {' and '.join(RESERVED)}")
+    whole = {name: as_metric(metric) for name, metric in metrics.items()}
+    models = dict(sorted(algorithm.predict.items()))  # the order of the tables
+    fns = tuple(dict.fromkeys(metric.counts for metric in whole.values()))  # precision and recall share theirs
+    counts = _counts(
+        state,
+        data,
+        predict=tuple(models.values()),
+        layout=algorithm.layout or Layout(),
+        fns=fns,
+        batch=min(batch, data.max_count),
     )
-    empty = np.asarray(data.count) == 0
-    return jax.tree.map(lambda x: np.where(empty, np.nan, np.asarray(x)), results)
+    rows = np.asarray(data.count)
+    out: dict[str, dict[str, Any]] = {model: {} for model in models}
+    pooled: dict[str, dict[str, float]] = {model: {} for model in models}
+    for model, of_model in zip(models, counts, strict=True):
+        for name, metric in whole.items():
+            own = jax.tree.map(np.asarray, of_model[fns.index(metric.counts)])
+            together = jax.tree.map(lambda x: x.sum(axis=0, dtype=np.float64), own)
+            with np.errstate(divide="ignore", invalid="ignore"):  # a client without examples may be 0 / 0
+                out[model][name] = np.where(rows > 0, metric.value(own), np.nan).astype(np.float32)
+                pooled[model][name] = float(metric.value(together)) if rows.any() else float("nan")
+    return {**out, "pooled": pooled}
 
 
-@functools.partial(jax.jit, static_argnames=("models", "predict", "layout", "names", "fns", "batch"))
-def _evaluate(state, data, *, models, predict, layout, names, fns, batch):
+@functools.partial(jax.jit, static_argnames=("predict", "layout", "fns", "batch"))
+def _counts(state, data, *, predict, layout, fns, batch):
+    """Of each model, what each of `fns` counts, `[N]`."""
     size = -(-data.max_count // batch) * batch
 
     def one_client(client, start, count, server, data):
         own = dataclasses.replace(data, start=start, count=count)
 
-        def add(i, sums):
+        def of_batch(i):
             b = gather_batch(own, jnp.arange(size), i, batch)
-            rows = b.mask.sum()
-            for model, f in zip(models, predict, strict=True):
-                logits = f(server, client, b.inputs).logits
-                for name, metric in zip(names, fns, strict=True):
-                    mask = jnp.broadcast_to(b.mask.reshape(-1, *[1] * (b.labels.ndim - 1)), b.labels.shape)
-                    sums[model][name] += rows * metric(logits, b.labels, mask)
-            return sums
+            rows = b.mask.reshape(-1, *[1] * (b.labels.ndim - 1))
+            labels = jnp.where(rows, b.labels.astype(jnp.int32), -1)
+            logits = [f(server, client, b.inputs).logits for f in predict]
+            return [[fn(z, labels, b.mask) for fn in fns] for z in logits]
 
-        zeros = {model: {name: jnp.float32(0) for name in names} for model in models}
-        sums = jax.lax.fori_loop(0, (count + batch - 1) // batch, add, zeros)
-        return jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums), ()
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_batch, 0))
+        add = lambda i, sums: jax.tree.map(jnp.add, sums, of_batch(i))  # noqa: E731
+        return jax.lax.fori_loop(0, (count + batch - 1) // batch, add, zeros), ()
 
     clients = jax.tree.map(lambda x: x[: data.start.shape[0]], state.clients)
     out, _ = map_clients(one_client, (clients, data.start, data.count), (state.server, data), layout=layout)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from fedkd_jax.metrics import client_mean, example_mean
+from fedkd_jax.metrics import client_mean
 from fedkd_jax.types import History, Number
 
 Record = dict[str, Any]
@@ -22,20 +22,28 @@ STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
 
 
-def records(history: History, counts: np.ndarray, clients: int) -> list[Record]:
+def records(history: History, counts: np.ndarray, clients: int, *, of_clients: Sequence[str] = ()) -> list[Record]:
     """One flat record per evaluation: round, traffic so far, and each model's metrics over all test examples
     (`model/metric`) and averaged over clients (`model/metric_per_client`).
 
     `bytes_per_client` adds up both directions over all rounds so far and divides by the population, as the paper does.
+
+    Args:
+        history: what `simulate` returned.
+        counts: test examples of each client `[N]`.
+        clients: the population's size.
+        of_clients: metrics of which every client's own value is kept too: `model/metric_of_client`, a list, None for a
+            client without a value. For few clients: it grows with their number.
 
     >>> import jax
     >>> from fedkd_jax import RoundInfo, task_terms
     >>> z = np.full((2, 1), 4)
     >>> info = RoundInfo(ids=z, terms=jax.tree.map(lambda _: z * 1.0, task_terms()), uplink_bytes=z, downlink_bytes=z,
     ...                  uplink_floats=z, downlink_floats=z, finite=z > 0, weight=z, ranks={})
-    >>> history = History(rounds=info, evaluations=({"round": 2, "model": {"accuracy": np.array([0.5])}},))
-    >>> records(history, np.array([3]), 1)[0]["bytes_per_client"], records(history, np.array([3]), 1)[0]["model/accuracy"]
-    (16.0, 0.5)
+    >>> evaluation = {"round": 2, "model": {"accuracy": np.array([0.5])}, "pooled": {"model": {"accuracy": 0.5}}}
+    >>> record = records(History(rounds=info, evaluations=(evaluation,)), np.array([3]), 1)[0]
+    >>> record["bytes_per_client"], record["model/accuracy"], record["model/accuracy_per_client"]
+    (16.0, 0.5, 0.5)
     """
     rounds = history.rounds
     traffic = {name: np.cumsum(np.asarray(getattr(rounds, name), np.int64).sum(axis=1)) / clients for name in _TRAFFIC}
@@ -51,11 +59,13 @@ def records(history: History, counts: np.ndarray, clients: int) -> list[Record]:
         }
         for name in ("teacher_task", "student_task", "teacher_distill", "student_distill", "hidden"):
             record[f"train/{name}"] = float(np.mean(getattr(rounds.terms, name)[row]))
-        for model, metrics in evaluation.items():
-            if model != "round":
-                for metric, values in metrics.items():
-                    record[f"{model}/{metric}"] = example_mean(values, counts)
-                    record[f"{model}/{metric}_per_client"] = client_mean(values, counts)
+        for model, pooled in evaluation["pooled"].items():
+            for metric, value in pooled.items():
+                values = evaluation[model][metric]
+                record[f"{model}/{metric}"] = value
+                record[f"{model}/{metric}_per_client"] = client_mean(values, counts)
+                if metric in of_clients:
+                    record[f"{model}/{metric}_of_client"] = [None if np.isnan(v) else float(v) for v in values]
         out.append(record)
     return out
 
@@ -64,18 +74,22 @@ _TRAFFIC = ("uplink_bytes", "downlink_bytes", "uplink_floats", "downlink_floats"
 
 
 def table_rows(
-    runs: Mapping[str, Sequence[Sequence[Record]]], baseline: str | None, metric: str = "accuracy"
+    runs: Mapping[str, Sequence[Sequence[Record]]], baseline: str | None, metrics: Sequence[str] = ("accuracy",)
 ) -> list[dict[str, str]]:
     """The comparison as the paper's Table 1: a row per method and model.
 
     Args:
         runs: `{method: one list of records per seed}`; the last record of each counts.
         baseline: the method whose traffic is 1.0x; None leaves the column out.
-        metric: which metric.
+        metrics: which metrics, a column each, of the models that have all of them.
 
     Returns:
-        Rows of strings: method, model, metric over examples and per client in percent, mean and standard deviation over
-        seeds, traffic per client in bytes and in the paper's float count, and how many times less than the baseline.
+        Rows of strings: method, model, metrics over all examples and the last of them per client, in percent, mean and
+        standard deviation over seeds, traffic per client in bytes and in the paper's float count, and how many times less
+        than the baseline.
+
+    Raises:
+        ValueError: a method without a model that has them.
 
     >>> def run(accuracy, sent):
     ...     return [[{"model/accuracy": accuracy, "model/accuracy_per_client": accuracy, "bytes_per_client": sent,
@@ -88,12 +102,11 @@ def table_rows(
     rows = []
     for method, seeds in runs.items():
         last = [run[-1] for run in seeds]
-        for key in last[0]:
-            model, _, name = key.partition("/")
-            if name != metric or model == "train":
-                continue
-            row = {"method": method, "model": model, f"{metric} %": _mean_std([100 * r[key] for r in last])}
-            row["per client %"] = _mean_std([100 * r[f"{key}_per_client"] for r in last])
+        for model in _models(last[0], *metrics):
+            row = {"method": method, "model": model}
+            for metric in metrics:
+                row[f"{metric} %"] = _mean_std([100 * r[f"{model}/{metric}"] for r in last])
+            row["per client %"] = _mean_std([100 * r[f"{model}/{metrics[-1]}_per_client"] for r in last])
             sent = costs[method] > 0
             row["bytes/client"] = human_bytes(costs[method]) if sent else "-"
             row["floats/client"] = f"{np.mean([r['floats_per_client'] for r in last]):,.0f}" if sent else "-"
@@ -101,6 +114,57 @@ def table_rows(
                 row["less"] = f"{costs[baseline] / costs[method]:.1f}x" if sent and costs[baseline] else "-"
             rows.append(row)
     return rows
+
+
+def client_rows(
+    runs: Mapping[str, Sequence[Sequence[Record]]], metric: str, names: Sequence[str]
+) -> list[dict[str, str]]:
+    """Who does how well: a row per method and model, a column per client.
+
+    Args:
+        runs: as in `table_rows`, with records made with `of_clients=[metric]`.
+        metric: which metric.
+        names: the N clients' names.
+
+    Returns:
+        Rows of strings: method, model and each client's value in percent, mean and standard deviation over seeds; "-" for a
+        client without a value.
+
+    Raises:
+        ValueError: records without the clients' values, or not N names, or a name twice.
+
+    >>> run = [[{"model/f1": 0.7, "model/f1_of_client": [0.5, 0.9]}]]
+    >>> client_rows({"FedAvg": run}, "f1", ["reviews", "abstracts"])
+    [{'method': 'FedAvg', 'model': 'model', 'reviews': '50.00', 'abstracts': '90.00'}]
+    """
+    rows = []
+    for method, seeds in runs.items():
+        last = [run[-1] for run in seeds]
+        for model in _models(last[0], f"{metric}_of_client"):
+            values = [r[f"{model}/{metric}_of_client"] for r in last]
+            if len(set(names)) != len(names) or len(names) != len(values[0]):
+                raise ValueError(
+                    f"names is {list(names)}; allowed: {len(values[0])} different ones, one for each client"
+                )
+            row = {"method": method, "model": model}
+            for name, of_seeds in zip(names, zip(*values, strict=True), strict=True):
+                row[name] = "-" if None in of_seeds else _mean_std([100 * v for v in of_seeds])
+            rows.append(row)
+    return rows
+
+
+def _models(record: Record, *metrics: str) -> list[str]:
+    """The models of which the record holds all these metrics."""
+    held: dict[str, list[str]] = {}
+    for key in record:
+        model, _, metric = key.partition("/")
+        if metric and model != "train":
+            held.setdefault(model, []).append(metric)
+    models = [model for model, names in held.items() if set(metrics) <= set(names)]
+    if not models:
+        allowed = "; ".join(f"{model} has {', '.join(names)}" for model, names in held.items())
+        raise ValueError(f"metrics is {metrics}; allowed: what the records hold of a model: {allowed or 'nothing'}")
+    return models
 
 
 def _mean_std(values: Sequence[float]) -> str:
@@ -163,6 +227,9 @@ def accuracy_plot(
         metric: which metric.
         title: of the figure.
 
+    Raises:
+        ValueError: a method without a model that has it.
+
     >>> run = [[{"round": r, "model/accuracy": 0.1 * r, "bytes_per_client": 1e6 * r} for r in (1, 2)]]
     >>> [axis.get_xlabel() for axis in accuracy_plot({"FedAvg": run}).axes]
     ['round', 'megabytes sent and received per client']
@@ -172,7 +239,7 @@ def accuracy_plot(
     left, right = figure.subplots(1, 2, sharey=True)
     silent, index = [], 0
     for method, seeds in runs.items():
-        models = [key.partition("/")[0] for key in seeds[0][0] if key.partition("/")[2] == metric]
+        models = _models(seeds[0][0], metric)
         for model in models:
             label = method if len(models) == 1 else f"{method}, {model}"
             color = f"C{index % 10}"

@@ -11,6 +11,7 @@ import numpy as np
 from fedkd_jax.cohort import put, sample_cohort, take
 from fedkd_jax.data import take_clients
 from fedkd_jax.evaluate import METRICS, evaluate
+from fedkd_jax.metrics import AnyMetric
 from fedkd_jax.parallel import Layout
 from fedkd_jax.population import init_state, place_data
 from fedkd_jax.types import Algorithm, FederatedData, History, Key, RoundInfo, State
@@ -28,7 +29,7 @@ def simulate(
     cohort: int | None = None,
     test: FederatedData | None = None,
     eval_every: int | None = None,
-    metrics: Mapping[str, Callable] = METRICS,
+    metrics: Mapping[str, AnyMetric] = METRICS,
     on_rounds: Callable[[int, RoundInfo], None] | None = None,
     on_evaluation: Callable[[History], None] | None = None,
 ) -> tuple[State, History]:
@@ -52,7 +53,8 @@ def simulate(
         on_evaluation: called after each evaluation with the history so far.
 
     Returns:
-        The state, and the history: `rounds` a RoundInfo `[R, K]` in NumPy, `evaluations` a tuple of dicts.
+        The state, and the history: `rounds` a RoundInfo `[R, K]` in NumPy, `evaluations` a tuple of `evaluate`'s dicts, each
+        with its "round".
 
     Raises:
         ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's.

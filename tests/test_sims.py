@@ -6,8 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from fedkd_jax import History, RoundInfo, report, task_terms
 from fedkd_jax.config import load_config
 from fedkd_jax.report import accuracy_plot, table_rows
 from sims import common, compare, run
@@ -161,3 +164,51 @@ def test_table_says_mean_std_and_ratio():
     figure = accuracy_plot(runs)
     assert len(figure.axes[0].lines) == 3
     assert "none" in figure.axes[1].get_title()
+
+
+def history(*f1):
+    """Two rounds of three clients, evaluated after the second."""
+    z = np.ones((2, 3), int)
+    info = RoundInfo(
+        ids=z,
+        terms=jax.tree.map(lambda _: z * 1.0, task_terms()),
+        uplink_bytes=z,
+        downlink_bytes=z,
+        uplink_floats=z,
+        downlink_floats=z,
+        finite=z > 0,
+        weight=z,
+        ranks={},
+    )
+    values = {"accuracy": np.array([1.0, 0.5, np.nan]), "f1": np.array(f1)}
+    evaluation = {"round": 2, "m": values, "pooled": {"m": {"accuracy": 0.6, "f1": 0.3}}}
+    return History(rounds=info, evaluations=(evaluation,))
+
+
+def test_records_hold_pooled_values_and_tables_any_metrics_and_clients():
+    counts, names = np.array([1, 4, 0]), ("reviews", "abstracts", "none")
+    seeds = [
+        report.records(history(*f1), counts, 3, of_clients=["f1"]) for f1 in ((0.2, 0.4, np.nan), (0.4, 0.4, np.nan))
+    ]
+    first = seeds[0][-1]
+    assert (first["m/accuracy"], first["m/accuracy_per_client"], first["m/f1"]) == (0.6, 0.75, 0.3)
+    assert json.loads(json.dumps(first, allow_nan=False))["m/f1_of_client"] == [0.2, 0.4, None]
+    assert "m/f1_of_client" not in report.records(history(0.2, 0.4, np.nan), counts, 3)[-1]
+
+    (row,) = table_rows({"FedAvg": seeds}, None, ("accuracy", "f1"))
+    assert list(row) == ["method", "model", "accuracy %", "f1 %", "per client %", "bytes/client", "floats/client"]
+    assert row["f1 %"] == "30.00 ± 0.00"
+    assert row["per client %"] == "35.00 ± 7.07"
+    (row,) = report.client_rows({"FedAvg": seeds}, "f1", names)
+    assert [row[name] for name in names] == ["30.00 ± 14.14", "40.00 ± 0.00", "-"]
+
+    for told in (
+        lambda: table_rows({"FedAvg": seeds}, None, ("f2",)),
+        lambda: table_rows({"FedAvg": seeds}, None, "accuracy"),
+        lambda: accuracy_plot({"FedAvg": seeds}, metric="f2"),
+        lambda: report.client_rows({"FedAvg": seeds}, "accuracy", names),
+    ):
+        with pytest.raises(ValueError, match=r"metrics is .*allowed: .*f1"):
+            told()
+    with pytest.raises(ValueError, match=r"names is .*allowed: 3"):
+        report.client_rows({"FedAvg": seeds}, "f1", names[:2])
