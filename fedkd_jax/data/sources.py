@@ -11,12 +11,13 @@ import importlib.util
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from fedkd_jax.data.cache import Folder, cache_folder
 from fedkd_jax.data.federated import Examples
-
-Folder = str | os.PathLike | None
 
 
 def load(
@@ -36,6 +37,10 @@ def load(
         `"digits"`: scikit-learn's digits, 1,797 images `[8, 8, 1]`; needs no file, has no official test split.
         `"fashion_mnist"`: 60,000 + 10,000 images `[28, 28, 1]` from the four original `*-ubyte.gz` files, which lie in
         data_dir or data_dir/fashion_mnist.
+        `"ade_corpus_v2"`: 20,960 sentences of case reports, "no ADR" (16,688) or "ADR" (4,272, adverse drug reaction), from
+        DRUG-AE.rel and ADE-NEG.txt in data_dir or data_dir/ade_corpus_v2; one split; `natural="document"` is the PubMed id.
+        `"psytar"`: sentences of drug reviews with the same classes, train 4,201, validation 612, test 1,189, from
+        binary/train.csv, dev.csv, test.csv in data_dir or data_dir/psytar.
         `"tfds:NAME"` or `"tfds:NAME/config"`: any set of the TFDS catalogue, or a builder of yours that has been
         imported, already prepared as array_record in data_dir or cache_dir.
       data_dir: where the files are; default `$FEDKD_DATA_DIR`.
@@ -64,18 +69,28 @@ def load(
     >>> examples.inputs.shape, examples.labels[:4], test
     ((1797, 8, 8, 1), array([0, 1, 2, 3], dtype=int32), None)
     """
-    data_dir = _path(data_dir or os.environ.get("FEDKD_DATA_DIR"))
-    cache_dir = _path(cache_dir or os.environ.get("FEDKD_CACHE_DIR") or "~/.cache/fedkd_jax")
+    data_dir, cache_dir = _path(data_dir or os.environ.get("FEDKD_DATA_DIR")), cache_folder(cache_dir)
     if name == "digits":
         from fedkd_jax.data.builders import Digits  # tfds takes 0.3 s to import: only those who load pay
 
         builder = _prepare(lambda: Digits(data_dir=cache_dir, file_format="array_record"))
     elif name == "fashion_mnist":
-        builder = _fashion_mnist(data_dir, cache_dir)
+        from fedkd_jax.data.builders import IDX_FILES, LocalFashionMnist
+
+        files = [file for pair in IDX_FILES.values() for file in pair]
+        builder = prepare_local(name, files, LocalFashionMnist, data_dir, cache_dir)
+    elif name == "ade_corpus_v2":
+        from fedkd_jax.data.corpus_builders import AdeCorpusV2
+
+        builder = prepare_local(name, AdeCorpusV2.FILES, AdeCorpusV2, data_dir, cache_dir)
+    elif name == "psytar":
+        from fedkd_jax.data.corpus_builders import Psytar
+
+        builder = prepare_local(name, list(Psytar.FILES.values()), Psytar, data_dir, cache_dir)
     elif name.startswith("tfds:"):
         builder = _catalogue(name.removeprefix("tfds:"), data_dir, cache_dir, download)
     else:
-        raise ValueError(f'name is {name!r}; it must be "digits", "fashion_mnist" or "tfds:NAME"')
+        raise ValueError(f"name is {name!r}; allowed: digits, fashion_mnist, ade_corpus_v2, psytar, tfds:NAME")
     white = 16 if name == "digits" else 255
     test = test_split is not None and test_split.split("[")[0] in builder.info.splits
     return _read(builder, split, white, natural), _read(builder, test_split, white, natural) if test else None
@@ -108,26 +123,46 @@ def _prepare(build, **config):
     return build()
 
 
-def _fashion_mnist(data_dir, cache_dir):
-    from fedkd_jax.data.builders import IDX_FILES, LocalFashionMnist
+def prepare_local(
+    name: str,
+    files: Sequence[str],
+    builder: Callable[..., Any],
+    data_dir: Folder = None,
+    cache_dir: Folder = None,
+    **kwargs: Any,
+) -> Any:
+    """A tfds builder that reads local files, prepared in the cache.
 
+    Args:
+      name: of the set and of the folder below data_dir that may hold its files.
+      files: paths within that folder, or within data_dir itself.
+      builder: the builder's class; it finds the files in its manual_dir.
+      data_dir, cache_dir: as for `load`.
+      **kwargs: to the class, such as `config`.
+
+    Raises:
+      FileNotFoundError: there is no data_dir, or a file is in neither folder.
+
+    >>> from fedkd_jax.data.corpus_builders import LocalTinyShakespeare
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "input.txt").write_text("All:\\nSpeak, speak.\\n")
+    ...     prepare_local("tiny_shakespeare", ["input.txt"], LocalTinyShakespeare, folder, folder).info.splits
+    {'train': <SplitInfo num_examples=1, num_shards=1>}
+    """
+    where = f"{name} is read from {' '.join(files)} in data_dir or data_dir/{name}"
+    data_dir = _path(data_dir or os.environ.get("FEDKD_DATA_DIR"))
     if data_dir is None:
-        raise FileNotFoundError(
-            f'load("fashion_mnist") looks for {IDX_FILES["train"][0]} and its three companions in data_dir or '
-            "data_dir/fashion_mnist, but there is no data_dir: pass it or set FEDKD_DATA_DIR"
-        )
-    files = [file for pair in IDX_FILES.values() for file in pair]
-    folder = next((f for f in (data_dir / "fashion_mnist", data_dir) if (f / files[0]).exists()), data_dir)
+        raise FileNotFoundError(f"{where}, but there is no data_dir: pass it or set FEDKD_DATA_DIR")
+    folder = next((f for f in (data_dir / name, data_dir) if (f / files[0]).exists()), data_dir)
     for file in files:
         if not (folder / file).exists():
-            raise FileNotFoundError(
-                f'load("fashion_mnist") found no {file} in {data_dir} or {data_dir / "fashion_mnist"}; pass data_dir '
-                "or set FEDKD_DATA_DIR to the folder of the four original files"
-            )
-    # The cache goes by content, so that another folder's files (a subset, a sibling set) are never taken for these.
-    digest = hashlib.sha256(b"".join((folder / file).read_bytes() for file in files)).hexdigest()[:12]
-    root = cache_dir / f"fashion_mnist-{digest}"
-    return _prepare(lambda: LocalFashionMnist(data_dir=root, file_format="array_record"), manual_dir=folder)
+            raise FileNotFoundError(f"{where}, but there is no {file} in {folder}; pass data_dir or set FEDKD_DATA_DIR")
+    # The cache goes by content, so that another folder's files (a subset, a sibling set) are never taken for these. Each
+    # file has its own digest: two that are cut elsewhere but make the same whole are others.
+    digests = [hashlib.sha256((folder / file).read_bytes()).digest() for file in files]
+    root = cache_folder(cache_dir) / f"{name}-{hashlib.sha256(b''.join(digests)).hexdigest()[:12]}"
+    return _prepare(lambda: builder(data_dir=root, file_format="array_record", **kwargs), manual_dir=folder)
 
 
 def _catalogue(name, data_dir, cache_dir, download):
