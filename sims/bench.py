@@ -1,4 +1,4 @@
-"""How fast a round is: `python -m sims.bench {round,compression,layout,population,compile,svd} [--quick] [--devices D]`.
+"""How fast a round is: `python -m sims.bench {round,compression,layout,population,compile,svd,text} [--quick] [--devices D]`.
 
 round       client updates per second of the compiled round and of a Python loop over clients with jitted steps
 compression the share of FedKD's round that the SVD codec takes
@@ -6,6 +6,7 @@ layout      cohorts of 1 to 256 on one or all devices in chunks of several sizes
 population  a round of 100 clients out of 1,000 and out of 20,000
 compile     seconds to trace and to compile a round
 svd         the factorisations against `jnp.linalg.svd`, on matrices of real training: see bench_svd.py; 40 minutes
+text        training steps of transformers against their matrix products alone, and what clients hold: see bench_text.py
 
 Work of the first five: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5
 convolutions of 32 and 64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden
@@ -44,7 +45,7 @@ from fedkd_jax.local import permutation
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.parallel import Layout, client_mesh, place
 from fedkd_jax.types import Algorithm, Batch, FederatedData, ServerState
-from sims import bench_svd, common, hardware
+from sims import bench_svd, bench_text, common, hardware
 
 EXAMPLES, BATCH = 100, 10
 MODELS = {"mlp": (mlp((64, 128, 10)), (64,)), "cnn": (cnn(), (28, 28, 1))}
@@ -299,6 +300,7 @@ BENCHES = {
     "population": bench_population,
     "compile": bench_compile,
     "svd": functools.partial(bench_svd.bench_svd, interleave),
+    "text": functools.partial(bench_text.bench_text, interleave),
 }
 
 

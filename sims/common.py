@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedkd_jax import Layout, client_mesh, report, simulate
-from fedkd_jax.config import Clients, Experiment, build_algorithm, load_config, to_yaml, validate
+from fedkd_jax.config import Experiment, build_algorithm, load_config, to_yaml, validate
+from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, History, State
 from sims import hardware
 
+FEW_CLIENTS = 8  # and tables have a column for each
 console = Console()
 if not console.is_terminal:
     console = Console(width=140)  # in a pipe or a log file rich assumes 80 columns and cuts tables
@@ -139,7 +141,7 @@ def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: 
 
 class _Speed(ProgressColumn):
     def render(self, task) -> Text:
-        return Text("compiling" if task.speed is None else f"{task.speed:.1f} rounds/s", style="cyan")
+        return Text("compiling" if task.speed is None else f"{task.speed:.2g} rounds/s", style="cyan")
 
 
 def progress_bar() -> Progress:
@@ -177,6 +179,7 @@ def run_method(
     """
     task = progress.add_task(label, total=config.rounds)
     counts, size = clients.test.count, len(clients.parts)
+    of_clients = clients.scores[-1:] if clients.names is not None and size <= FEW_CLIENTS else ()
     state, history = simulate(
         algorithm,
         size,
@@ -186,12 +189,13 @@ def run_method(
         cohort=config.cohort,
         test=clients.test,
         eval_every=config.eval_every,
+        metrics=clients.metrics,
         on_rounds=lambda done, _: progress.update(task, completed=done),
         on_evaluation=None
         if on_record is None
-        else lambda history: on_record(report.records(history, counts, size)[-1]),
+        else lambda history: on_record(report.records(history, counts, size, of_clients=of_clients)[-1]),
     )
-    return state, history, report.records(history, counts, size)
+    return state, history, report.records(history, counts, size, of_clients=of_clients)
 
 
 def make_table(rows: list[dict[str, str]], title: str) -> Table:

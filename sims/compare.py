@@ -1,7 +1,8 @@
 """Several methods over several seeds: `python -m sims.compare CONFIG [--overrides]`, one table like the paper's Table 1.
 
 Every method sees the same clients, the same splits and the same seeds. Writes into a new folder runs/NAME-N: config.yaml
-(resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, accuracy.png, clients.png.
+(resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, clients.png, a plot of the metric
+(accuracy.png), and clients.md where clients have names.
 """
 
 if __name__ == "__main__":
@@ -64,12 +65,17 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                 )
                 runs[name].append(records)
 
-    rows = report.table_rows(runs, baseline_of(config))
-    title = f"{config.name}: test accuracy after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
+    scores = clients.scores
+    rows = report.table_rows(runs, baseline_of(config), scores)
+    title = f"{config.name}: test {scores[-1]} after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
     common.console.print("", common.make_table(rows, title))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     (folder / "table.csv").write_text(report.as_csv(rows))
-    report.accuracy_plot(runs, folder / "accuracy.png", title=config.name)
+    if clients.names is not None and len(clients.names) <= common.FEW_CLIENTS:
+        each = report.client_rows(runs, scores[-1], clients.names)
+        common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))
+        (folder / "clients.md").write_text(report.markdown(each) + "\n")
+    report.accuracy_plot(runs, folder / f"{scores[-1]}.png", metric=scores[-1], title=config.name)
     common.console.print(f"{time.perf_counter() - start:.0f} s; table, figure, results and config: {folder}")
     return folder
 

@@ -42,15 +42,16 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         def on_record(record: dict) -> None:
             common.append_jsonl(folder / "metrics.jsonl", record)
             for key, value in record.items():
-                if key != "round":
+                if key != "round" and not isinstance(value, list):
                     writer.add_scalar(key, value, record["round"])
 
         _, _, records = common.run_method(config, algorithm, clients, config.seeds[0], name, progress, on_record)
 
-    rows = report.table_rows({name: [records]}, None)
+    rows = report.table_rows({name: [records]}, None, clients.scores)
     common.console.print("", common.make_table(rows, f"{config.name}, {config.rounds} rounds"))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
-    report.accuracy_plot({name: [records]}, folder / "accuracy.png", title=config.name)
+    main = clients.scores[-1]
+    report.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")
     return folder
 

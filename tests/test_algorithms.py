@@ -334,6 +334,11 @@ def test_the_projection_is_glorot_uniform_and_follows_the_layer_map():
     assert init_projection(mlp((4, 2)), mlp((4, 2)), jnp.ones((1, 4)), KEY) == ()
 
 
+def test_the_projection_of_equal_widths_is_the_identity():
+    (weight,) = init_projection(mlp((4, 30, 31, 2)), mlp((4, 31, 2)), jnp.ones((1, 4)), KEY)
+    np.testing.assert_array_equal(weight, np.eye(31))
+
+
 def test_an_optimiser_that_is_kept_makes_a_difference_only_from_the_second_round_on():
     ids, data, after = np.arange(5), strategies.small_data(), {}
     for reset in (True, False):

@@ -49,6 +49,20 @@ IMPOSSIBLE = {
     "student: {kind: cnn}": ("student.channels", "cnn"),
     "student_optimizer: {learning_rate: 0}": ("student_optimizer.learning_rate", "above 0"),
     "baseline: nobody": ("baseline", "FedKD"),
+    "data: {task: tagging}": ("teacher.kind", "'transformer' for tagging"),
+    "teacher: {kind: transformer}": ("teacher.kind", "both models or for none"),
+    "{teacher: {kind: transformer}, student: {kind: transformer}}": ("checkpoint", "minilm"),
+    "{teacher: {kind: transformer, width: 10}, student: {kind: transformer}}": (
+        "teacher.heads",
+        "divisor of the width, 10",
+    ),
+    "{checkpoint: x, teacher: {kind: transformer, depth: 1}, student: {kind: transformer}}": (
+        "student",
+        "teacher's, 1",
+    ),
+    "methods: {a: {depth: 1}}": ("methods.a.depth", "for a transformer"),
+    "data: {length: 0}": ("data.length", "at least 1"),
+    "data: {examples: 0}": ("data.examples", "null for all"),
     "[1, 2]": ("config", "mapping"),
     "{a: [": (".yaml", "YAML"),
 }

@@ -1,0 +1,215 @@
+"""The tasks of the paper, each as clients with their examples, a model's head, and what its answers are worth.
+
+What a task decides is in `Clients`; models, methods and rounds do not know it. Metrics of a task come in the order of the
+paper's tables, the one that decides last.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fedkd_jax import data as fd
+from fedkd_jax.evaluate import METRICS
+from fedkd_jax.losses import cross_entropy
+from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_accuracy
+from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
+from fedkd_jax.types import FederatedData, Model, Number
+
+Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of every client
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Data dealt to clients, on the host, and what their task asks for.
+
+    >>> [field.name for field in dataclasses.fields(Clients)][:5]
+    ['train', 'test', 'labels', 'parts', 'classes']
+    """
+
+    train: FederatedData
+    test: FederatedData
+    labels: np.ndarray  # [n] of all that is counted in the picture of who holds what
+    parts: list[np.ndarray]  # who holds which of them
+    classes: tuple[str, ...]
+    metrics: Mapping[str, AnyMetric] = dataclasses.field(default_factory=lambda: METRICS)  # {name: metric}
+    scores: tuple[str, ...] = ("accuracy",)  # of the metrics, what a table shows; the last one decides
+    names: tuple[str, ...] | None = None  # of the clients, where they are few and have one
+    model: Callable[[TransformerConfig], Model] | None = None  # a transformer with this task's head
+
+
+def subset(n: int, examples: int | None, seed: int) -> np.ndarray:
+    """Which of n examples are used: `examples` of them in their order, drawn once for a seed; all where it is None.
+
+    >>> subset(5, None, 0).tolist(), len(subset(5, 3, 0)), len(subset(5, 9, 0))
+    ([0, 1, 2, 3, 4], 3, 5)
+    """
+    if examples is None or examples >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:examples])
+
+
+def classification(
+    examples: fd.Examples, split: Split, tokenizer: Tokenizer | None = None, length: int = 64
+) -> Clients:
+    """One class per example: images, or texts, which become tokens; of two classes of text the second is the positive one.
+
+    Args:
+        examples: inputs `[n, ...]`, or `[n]` texts.
+        split: of the examples among clients.
+        tokenizer: of texts.
+        length: tokens of a text, see `encode_texts`.
+
+    Raises:
+        ValueError: texts without a tokenizer.
+
+    >>> examples = fd.Examples(inputs=np.eye(3, dtype=np.float32), labels=np.array([0, 1, 1], np.int32), classes=("a", "b"))
+    >>> classification(examples, ([np.array([0, 1])], [np.array([2])])).test.labels.tolist()
+    [1]
+    """
+    inputs, more = examples.inputs, {}
+    if inputs.dtype == object:
+        if tokenizer is None:
+            raise ValueError("tokenizer is None; allowed: a tokenizer, as the examples are texts")
+        inputs = fd.cached_texts(list(inputs), tokenizer, length)
+        classes = len(examples.classes)
+        more["model"] = lambda config: text_classifier(config, classes)
+        if classes == 2:
+            more |= dict(metrics={**binary_f1(), **METRICS}, scores=("precision", "recall", "f1"))
+    train, test = split
+    return Clients(
+        train=fd.federate(inputs, examples.labels, train),
+        test=fd.federate(inputs, examples.labels, test),
+        labels=examples.labels,
+        parts=[np.concatenate(pair) for pair in zip(train, test, strict=True)],
+        classes=examples.classes,
+        **more,
+    )
+
+
+def tagging(corpora: Mapping[str, tuple[fd.Tagged, fd.Tagged]], tokenizer: Tokenizer, length: int = 64) -> Clients:
+    """Named entities: every corpus is a client with its own tags, among which it chooses; the models know the union of all.
+
+    Args:
+        corpora: {name: (training, test) sentences}.
+        tokenizer, length: see `encode_words`.
+
+    >>> from tokenizers.models import WordLevel
+    >>> words = Tokenizer(WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "rash": 3}, "[PAD]"))
+    >>> def corpus(kind):
+    ...     return fd.Tagged(words=[["rash"]], tags=[np.array([1])], names=("O", f"B-{kind}", f"I-{kind}"))
+    >>> clients = tagging({"x": (corpus("ADR"),) * 2, "y": (corpus("Effect"),) * 2}, words, length=3)
+    >>> clients.classes, clients.train.labels.tolist(), clients.train.inputs["classes"][1].astype(int).tolist()
+    (('O', 'B-ADR', 'I-ADR', 'B-Effect', 'I-Effect'), [[-1, 1, -1], [-1, 3, -1]], [1, 0, 0, 1, 1])
+    """
+    union = tuple(dict.fromkeys(name for pair in corpora.values() for name in pair[0].names))
+    number = {name: i for i, name in enumerate(union)}
+
+    def federated(which: int) -> FederatedData:
+        tokens, labels, used, parts = [], [], [], []
+        for pair in corpora.values():
+            tagged = pair[which]
+            own = np.array([number[name] for name in tagged.names], np.int32)
+            ids, tags = fd.cached_words(tagged.words, [own[t] for t in tagged.tags], tokenizer, length)
+            start = sum(map(len, tokens))
+            tokens.append(ids)
+            labels.append(tags)
+            used.append(np.tile(np.isin(np.arange(len(union)), own), (len(ids), 1)))
+            parts.append(np.arange(start, start + len(ids)))
+        inputs = {"tokens": np.concatenate(tokens), "classes": np.concatenate(used)}
+        return fd.federate(inputs, np.concatenate(labels), parts)
+
+    entities = [
+        [number[pair[0].names[t]] for tagged in pair for tags in tagged.tags for t in tags if t > 0]
+        for pair in corpora.values()
+    ]
+    starts = np.cumsum([0, *map(len, entities)])
+    return Clients(
+        train=federated(0),
+        test=federated(1),
+        labels=np.concatenate([np.array(e, np.int32) for e in entities]),
+        parts=[np.arange(a, b) for a, b in itertools.pairwise(starts)],
+        classes=union,
+        metrics=entity_f1(union) | {"loss": cross_entropy},
+        scores=("precision", "recall", "f1"),
+        names=tuple(corpora),
+        model=lambda config: tagger(config, len(union)),
+    )
+
+
+def recommendation(
+    news: fd.News,
+    deal: Callable[[np.ndarray, np.ndarray], Split],
+    tokenizer: Tokenizer,
+    length: int = 32,
+    *,
+    history: int = 50,
+    negatives: int = 4,
+    seed: int = 0,
+    abstracts: bool = False,
+    validation: Number = 0,
+) -> Clients:
+    """News recommendation: a click among candidates that were not clicked, given what the reader clicked before.
+
+    Args:
+        news: the catalogue and its impressions.
+        deal: (users of the training rows, users of the test rows) -> the rows of every client.
+        tokenizer, length: of titles, see `encode_texts`.
+        history, negatives, seed: see `training_rows`.
+        abstracts: whether a news's text is its title and abstract.
+        validation: the share of the training impressions that is held out and evaluated instead of the test split.
+    """
+    texts = [f"{t} {a}".strip() for t, a in zip(news.titles, news.abstracts, strict=True)] if abstracts else news.titles
+    tokens = fd.cached_texts(texts, tokenizer, length)
+    train = news.splits["train"]
+    if validation:
+        (learn,), (held_out,) = fd.train_test_split([np.arange(len(train))], validation, seed)
+        train, test = train.take(learn), train.take(held_out)
+    else:
+        test = news.splits["test"]
+    inputs, labels, users = fd.training_rows(train, history=history, negatives=negatives, seed=seed)
+    shown, clicked, readers, _ = fd.evaluation_rows(test, history=history)
+    train_parts, test_parts = deal(users, readers)
+    return Clients(
+        train=fd.federate(inputs, labels, train_parts),
+        test=fd.federate(shown, clicked, test_parts),
+        labels=np.repeat(np.arange(2), [len(labels), len(clicked)]),
+        parts=[np.concatenate([a, len(labels) + b]) for a, b in zip(train_parts, test_parts, strict=True)],
+        classes=("clicks to learn from", "test impressions"),
+        metrics=ranking(),
+        scores=("mrr", "ndcg@5", "ndcg@10", "auc"),
+        model=lambda config: recommender(config, tokens),
+    )
+
+
+def next_character(speeches: Sequence[tuple[str, str]], test_fraction: Number, seed: int, length: int = 64) -> Clients:
+    """The next character of what somebody says: every speaker who says enough for training and test is a client.
+
+    Args:
+        speeches: (speaker, text).
+        test_fraction: of each speaker's pieces.
+        seed: of that split.
+        length: characters of a piece, see `characters`.
+
+    >>> clients = next_character([("A", "to be or not"), ("B", "no"), ("A", "to be")], 0.5, 0, length=4)
+    >>> clients.names, clients.train.inputs.shape
+    (('A',), (2, 4))
+    """
+    pieces = fd.characters([text for _, text in speeches], length)
+    speakers = np.array([speaker for speaker, _ in speeches])[pieces.source]
+    names = [name for name, count in zip(*np.unique(speakers, return_counts=True), strict=True) if count >= 2]
+    parts = [np.flatnonzero(speakers == name) for name in names]
+    vocab = len(pieces.vocabulary) + 1  # and padding
+    train, test = fd.train_test_split(parts, test_fraction, seed)
+    return Clients(
+        train=fd.federate(pieces.inputs, pieces.labels, train),
+        test=fd.federate(pieces.inputs, pieces.labels, test),
+        labels=np.zeros(len(speakers), np.int32),
+        parts=parts,
+        classes=("pieces",),
+        metrics={"loss": cross_entropy, "accuracy": token_accuracy},
+        names=tuple(map(str, names)),
+        model=lambda config: language_model(dataclasses.replace(config, vocab=vocab, causal=True)),
+    )

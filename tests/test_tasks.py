@@ -1,0 +1,210 @@
+"""Laws of `fedkd_jax.tasks`, of the recommender, and of text from a config's files to a round."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_transformer import CONFIG, write_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from fedkd_jax import init_state, simulate
+from fedkd_jax.config import (
+    ConfigError,
+    DataConfig,
+    Experiment,
+    MethodConfig,
+    ModelConfig,
+    build_algorithm,
+    build_data,
+    validate,
+)
+from fedkd_jax.data import federate
+from fedkd_jax.models import TransformerConfig, recommender
+from fedkd_jax.tasks import Clients, subset
+
+KEY = jax.random.key(5)
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "rash", "after", "Lithium", "no", "news", "today", "and", "rain"]
+SMALL = ModelConfig(kind="transformer", depth=2, pretrained=False, width=16, heads=4, inner=24, positions=16)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint with a tokenizer, and a little of every corpus in its own format."""
+    monkeypatch.setenv("FEDKD_CACHE_DIR", str(tmp_path / "cache"))
+    checkpoint = tmp_path / "bert"
+    checkpoint.mkdir()
+    write_checkpoint(checkpoint)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    ade, reviews, cdr = (tmp_path / name for name in ("ade_corpus_v2", "psytar", "bc5cdr"))
+    for each in (ade, reviews / "all", reviews / "binary", cdr):
+        each.mkdir(parents=True)
+    relation = "{i}|A rash after Lithium {i}.|rash|{a}|{b}|Lithium|{c}|{d}"
+    lines = [relation.format(i=i, a=2, b=6, c=13, d=20) for i in range(12)]
+    (ade / "DRUG-AE.rel").write_text("\n".join(lines) + "\n")
+    (ade / "ADE-NEG.txt").write_text("".join(f"{i} NEG no news today {i}\n" for i in range(12)))
+    for part in ("train", "dev", "test"):
+        (reviews / "all" / f"{part}.txt").write_text("a\tO\nrash\tB-ADR\n\nno\tO\nnews\tO\n\n" * 3)
+    for part in ("train", "devel", "test"):
+        (cdr / f"{part}.tsv").write_text("Lithium\tB-Chemical\nand\tO\nrash\tB-Disease\n\n" * 4)
+    for part in ("train", "test"):
+        where = tmp_path / "posts" / part
+        where.mkdir(parents=True)
+        news = [f"N{i}\tx\ty\t{' '.join(WORDS[4 + (i + j) % 9] for j in range(3))}\n" for i in range(9)]
+        (where / "news.tsv").write_text("".join(news))
+        rows = [f"{i}\tU{i % 3}\tnow\tN{i % 9} N{(i + 1) % 9}\tN{(i + 2) % 9}-1 N{(i + 4) % 9}-0\n" for i in range(9)]
+        (where / "behaviors.tsv").write_text("".join(rows))
+    shakespeare = tmp_path / "tiny_shakespeare"
+    shakespeare.mkdir()
+    (shakespeare / "input.txt").write_text("All:\nSpeak, speak.\n\nFirst Citizen:\nYou are all resolved.\n" * 3)
+    return tmp_path
+
+
+def experiment(folder, task, name, **data):
+    data = DataConfig(task=task, name=name, dir=str(folder), length=8, history=3, clients=3, **data)
+    student = dataclasses.replace(SMALL, depth=1)
+    checkpoint = str(folder / "bert")
+    return Experiment(batch=4, data=data, teacher=SMALL, student=student, checkpoint=checkpoint, rounds=2)
+
+
+TASKS = {
+    "detection": ("classification", "ade_corpus_v2", dict(partition="iid"), 3, ("precision", "recall", "f1")),
+    "tagging": ("tagging", "psytar+ade_corpus_v2+bc5cdr", {}, 3, ("precision", "recall", "f1")),
+    "recommendation": ("recommendation", "posts", {}, 3, ("mrr", "ndcg@5", "ndcg@10", "auc")),
+    "readers": ("recommendation", "posts", dict(partition="natural", natural="user"), 3, ("auc",)),
+    "characters": ("characters", "tiny_shakespeare", dict(test_fraction=0.5), 2, ("accuracy",)),
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+@pytest.mark.parametrize("validation", [False, True])
+def test_every_task_gives_clients_with_examples_and_a_model(folder, case, validation):
+    task, name, options, size, scores = TASKS[case]
+    config = experiment(folder, task, name, **options, validation=validation)
+    validate(config)
+    clients = build_data(config)
+    assert len(clients.parts) == clients.train.start.shape[0] == clients.test.start.shape[0] == size
+    assert clients.scores[-len(scores) :] == scores
+    assert set(clients.scores) <= set(clients.metrics)
+    algorithm = build_algorithm(config, MethodConfig(codec="svd"), clients)
+    state = jax.eval_shape(lambda: init_state(algorithm, size, KEY))
+    example = jax.tree.map(lambda x: x[:2], clients.test.inputs)
+    for predict in algorithm.predict.values():
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.clients)
+        logits = jax.eval_shape(predict, state.server, one, example).logits
+        if task == "recommendation":
+            assert logits.shape == clients.test.labels[:2].shape
+        else:
+            assert logits.shape[:-1] == clients.test.labels[:2].shape
+    if validation and task != "characters":  # nothing of the test is seen, and what is evaluated was not trained on
+        whole = build_data(dataclasses.replace(config, data=dataclasses.replace(config.data, validation=False)))
+        own, all_of_it = int(clients.train.count.sum()), int(whole.train.count.sum())
+        assert own < all_of_it or case == "tagging"
+
+
+def test_a_corpus_is_a_client_with_tags_of_its_own(folder):
+    clients = build_data(experiment(folder, "tagging", "psytar+ade_corpus_v2+bc5cdr"))
+    assert clients.names == ("psytar", "ade_corpus_v2", "bc5cdr")
+    assert clients.classes[0] == "O"
+    assert len(set(clients.classes)) == len(clients.classes)
+    for data in (clients.train, clients.test):
+        for i, kinds in enumerate([{"ADR"}, {"Drug", "Effect"}, {"Chemical", "Disease"}]):
+            rows = slice(data.start[i], data.start[i] + data.count[i])
+            used, labels = data.inputs["classes"][rows], data.labels[rows]
+            assert {clients.classes[t][2:] for t in np.unique(labels[labels > 0])} == kinds
+            assert np.take_along_axis(used, np.maximum(labels, 0), axis=1).all()
+            others = [j for j, name in enumerate(clients.classes) if name[2:] not in kinds and name != "O"]
+            own = {"ADR", "WD", "EF", "INF", "SSI", "DI", "DN", "SI", "SX"} if i == 0 else set()
+            assert not used[:, [j for j in others if clients.classes[j][2:] not in own]].any()
+
+
+@pytest.mark.parametrize("case", ["tagging", "recommendation"])
+def test_a_round_of_fedkd_trains_sends_and_is_evaluated(folder, case):
+    task, name, options, size, scores = TASKS[case]
+    config = experiment(folder, task, name, **options)
+    clients: Clients = build_data(config)
+    algorithm = build_algorithm(config, MethodConfig(codec="svd"), clients)
+    state, history = simulate(algorithm, size, clients.train, KEY, rounds=2, test=clients.test, metrics=clients.metrics)
+    assert history.rounds.finite.all()
+    assert (history.rounds.uplink_bytes > 0).all()
+    tables = [x for x in jax.tree.leaves(state.server.frozen) if x.dtype == jnp.int32]
+    assert len(tables) == (case == "recommendation")  # the news, once for everybody
+    pooled = history.evaluations[-1]["pooled"]
+    for model in ("teacher", "student"):
+        assert 0 <= pooled[model][scores[-1]] <= 1
+        assert history.evaluations[-1][model][scores[-1]].shape == (size,)
+
+
+def test_texts_need_a_transformer_and_a_transformer_texts(folder):
+    text = experiment(folder, "classification", "ade_corpus_v2", partition="iid")
+    with pytest.raises(ConfigError, match=r"data\.name is 'ade_corpus_v2'; allowed: images or numbers"):
+        build_data(dataclasses.replace(text, teacher=ModelConfig(), student=ModelConfig()))
+    with pytest.raises(ConfigError, match=r"data\.name is 'digits'; allowed: a set of texts"):
+        build_data(dataclasses.replace(text, data=dataclasses.replace(text.data, name="digits")))
+    deep = dataclasses.replace(text, teacher=dataclasses.replace(SMALL, pretrained=True, depth=4))
+    with pytest.raises(ConfigError, match=r"teacher\.depth is 4; allowed: 1 to the checkpoint's 3 layers"):
+        build_algorithm(deep, MethodConfig(), build_data(text))
+
+
+@given(st.integers(0, 50), st.integers(1, 60), strategies.seeds)
+def test_a_subset_is_drawn_once_without_replacement(n, examples, seed):
+    rows = subset(n, examples, seed)
+    assert len(rows) == len(set(rows.tolist())) == min(n, examples)
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, subset(n, examples, seed))
+
+
+# ---- the recommender ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def scored():
+    rng = np.random.default_rng(0)
+    news = np.array([[0] * 6, *([*rng.integers(1, 30, k), *[0] * (6 - k)] for k in rng.integers(1, 7, 11))], np.int32)
+    model = recommender(TransformerConfig(**{**vars(CONFIG), "layers": 1}), news)
+    params = model.init(KEY)
+    query = jax.random.normal(KEY, params["user_pooling"]["query"].shape)
+    params["user_pooling"]["query"] = params["pooling"]["query"] = query  # else pooling is a plain mean
+    return jax.jit(model.apply), params
+
+
+@settings(max_examples=15)
+@given(strategies.seeds, st.integers(1, 4))
+def test_scores_depend_on_what_was_read_not_on_order_padding_or_other_candidates(seed, length):
+    apply, params = scored()
+    rng = np.random.default_rng(seed)
+    history = np.zeros((2, 4), np.int32)
+    history[:, :length] = rng.integers(1, 12, (2, length))
+    candidates = rng.integers(1, 12, (2, 3)).astype(np.int32)
+    out = apply(params, {"history": history, "candidates": candidates})
+    shuffled = history[:, rng.permutation(4)]
+    again = apply(params, {"history": shuffled, "candidates": candidates[:, ::-1]})
+    np.testing.assert_allclose(out.logits, again.logits[:, ::-1], rtol=1e-4, atol=1e-5)
+    fewer = apply(
+        params, {"history": history, "candidates": np.where([True, False, True], candidates, 0).astype(np.int32)}
+    )
+    np.testing.assert_allclose(out.logits[:, ::2], fewer.logits[:, ::2], rtol=1e-4, atol=1e-5)
+    assert not fewer.mask[:, 5].any()
+    assert not out.mask[:, length:4].any()
+    # a reader of one news: the score is the inner product of the two news
+    if length == 1:
+        mirrored = apply(
+            params, {"history": np.pad(candidates[:, :1], ((0, 0), (0, 3))), "candidates": np.tile(history[:, :1], 3)}
+        )
+        np.testing.assert_allclose(out.logits[:, 0], mirrored.logits[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_federated_reader_is_a_row_of_its_tables():
+    """Rows are indices: data for a hundred impressions of a catalogue do not hold a hundred texts."""
+    rows = {"history": np.zeros((100, 50), np.int32), "candidates": np.zeros((100, 5), np.int32)}
+    data = federate(rows, np.zeros(100, np.int32), [np.arange(100)])
+    assert sum(x.nbytes for x in jax.tree.leaves(data.inputs)) == 100 * 55 * 4
