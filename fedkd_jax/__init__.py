@@ -37,6 +37,18 @@ from fedkd_jax.rounds import federated_round
 from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
 from fedkd_jax.population import init_state
 from fedkd_jax.evaluate import evaluate
-from fedkd_jax.metrics import accuracy
+from fedkd_jax.metrics import Metric, accuracy, binary_f1, entity_f1, ranking, token_accuracy
 from fedkd_jax.simulate import simulate
-from fedkd_jax.models import cnn, freeze, from_nnx, mlp
+from fedkd_jax.models import (
+    TransformerConfig,
+    cnn,
+    freeze,
+    from_nnx,
+    language_model,
+    load_bert,
+    mlp,
+    recommender,
+    tagger,
+    text_classifier,
+    with_pretrained,
+)

@@ -284,9 +284,14 @@ def validate(config: Experiment) -> None:
     keyed = data.natural is not None
     allowed = "a feature of the data where data.partition is 'natural', else null"
     check(keyed == (data.partition == "natural"), "data.natural", data.natural, allowed)
+    if data.task == "recommendation":
+        own = data.partition in ("iid", "natural")
+        check(own, "data.partition", data.partition, "'iid' or 'natural' for recommendation")
+        check(data.natural in (None, "user"), "data.natural", data.natural, "'user' for recommendation")
     if config.cohort is not None:
-        most = f"1 to data.clients, {data.clients}" if data.partition != "natural" else "at least 1"
-        fits = config.cohort <= data.clients or data.partition == "natural"
+        dealt = data.partition != "natural" and data.task in ("classification", "recommendation")
+        most = f"1 to data.clients, {data.clients}" if dealt else "at least 1"
+        fits = config.cohort <= data.clients or not dealt
         check(config.cohort >= 1 and fits, "cohort", config.cohort, most)
     kinds = (config.teacher.kind == "transformer", config.student.kind == "transformer")
     for name in ("teacher", "student"):
@@ -329,8 +334,9 @@ def validate(config: Experiment) -> None:
         one_step = method.message == "update" or (config.steps == 1 and method.algorithm == "fedkd")
         own = method.optimizer is None or method.algorithm != "fedkd"
         check(own, f"{key}.optimizer", method.optimizer, "null for fedkd; see teacher_optimizer and student_optimizer")
-        fits = method.depth is None or (kinds[1] and 1 <= method.depth <= deepest)
-        check(fits, f"{key}.depth", method.depth, f"null, or 1 to the teacher's {deepest} layers for a transformer")
+        used = kinds[1] and (method.algorithm == "fedkd" or method.model == "student")
+        fits = method.depth is None or (used and 1 <= method.depth <= deepest)
+        check(fits, f"{key}.depth", method.depth, f"null, or for a transformer as student 1 to the teacher's {deepest}")
         check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
     known = config.baseline is None or config.baseline in config.methods
     check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
@@ -462,7 +468,7 @@ def _recommendation(config: Experiment) -> Clients:
 def _characters(config: Experiment) -> Clients:
     c = config.data
     speeches = fd.load_speeches(data_dir=c.dir)
-    return tasks.next_character(speeches, c.test_fraction, c.seed, c.length)
+    return tasks.next_character(speeches, c.test_fraction, c.seed, c.length, validation=c.validation)
 
 
 def checkpoint_folder(config: Experiment) -> pathlib.Path:
@@ -476,7 +482,12 @@ def checkpoint_folder(config: Experiment) -> pathlib.Path:
 
 
 def load_tokenizer(config: Experiment) -> tokenizers.Tokenizer:
-    """The checkpoint's tokenizer."""
+    """The checkpoint's tokenizer.
+
+    >>> try: load_tokenizer(Experiment(checkpoint="nowhere"))
+    ... except FileNotFoundError as error: print(str(error).split(";")[0])
+    there is no nowhere/tokenizer.json
+    """
     return fd.load_tokenizer(checkpoint_folder(config))
 
 
@@ -495,7 +506,7 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
     assert clients.model is not None
     weights = None
     if config.checkpoint is not None and (config.teacher.pretrained or config.student.pretrained):
-        weights = load_bert(checkpoint_folder(config))
+        weights = _load_bert(checkpoint_folder(config))
     models = {}
     for name in ("teacher", "student"):
         own: ModelConfig = getattr(config, name)
@@ -503,14 +514,34 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
             sizes, params = weights
             if own.depth > sizes.layers:
                 raise ConfigError(f"{name}.depth", own.depth, f"1 to the checkpoint's {sizes.layers} layers")
+            _check_tokens(config, sizes)
             model = clients.model(dataclasses.replace(sizes, layers=own.depth, dtype=own.dtype))
             models[name] = freeze(with_pretrained(model, params), is_fixed)
         else:
-            vocab = 1 if config.checkpoint is None else load_tokenizer(config).get_vocab_size()
-            keys = ("width", "heads", "inner", "positions", "dtype")
-            sizes = TransformerConfig(vocab=vocab, layers=own.depth, **{key: getattr(own, key) for key in keys})
+            sizes = {key: getattr(own, key) for key in ("width", "heads", "inner", "positions", "dtype")}
+            if config.checkpoint is not None:
+                tokenizer = load_tokenizer(config)
+                sizes |= {"vocab": tokenizer.get_vocab_size(), "pad": tokenizer.token_to_id("[PAD]")}
+            sizes = TransformerConfig(layers=own.depth, **sizes)
             models[name] = freeze(clients.model(sizes), is_table)
     return models
+
+
+_load_bert = functools.lru_cache(maxsize=1)(load_bert)  # all methods start from the same arrays
+
+
+def _check_tokens(config: Experiment, sizes: TransformerConfig) -> None:
+    """Texts are padded by the tokenizer and read by the model: they must speak of the same tokens."""
+    tokenizer = load_tokenizer(config)
+    for name, own, theirs in (
+        ("padding token", sizes.pad, tokenizer.token_to_id("[PAD]")),
+        ("number of tokens", max(sizes.vocab, tokenizer.get_vocab_size()), sizes.vocab),
+    ):
+        if own != theirs:
+            allowed = f"a model and a tokenizer that agree; the {name} is {own} and {theirs}"
+            raise ConfigError("checkpoint", config.checkpoint, allowed)
+    if config.data.length > sizes.positions:
+        raise ConfigError("data.length", config.data.length, f"at most the model's positions, {sizes.positions}")
 
 
 def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:

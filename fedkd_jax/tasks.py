@@ -160,6 +160,19 @@ def recommendation(
         history, negatives, seed: see `training_rows`.
         abstracts: whether a news's text is its title and abstract.
         validation: the share of the training impressions that is held out and evaluated instead of the test split.
+
+    >>> from tokenizers.models import WordLevel
+    >>> words = Tokenizer(WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "rain": 3}, "[PAD]"))
+    >>> shown = fd.Impressions(user=np.array(["ann"]), history=np.array([1]), history_offset=np.array([0, 1]),
+    ...                        candidates=np.array([2, 1]), clicked=np.array([1, 0]), candidate_offset=np.array([0, 2]),
+    ...                        unknown=0)
+    >>> text = ["", "rain", "rain"]
+    >>> news = fd.News(ids=text, categories=text, subcategories=text, titles=text, abstracts=text,
+    ...                splits={"train": shown, "test": shown})
+    >>> everything = lambda users, readers: ([np.arange(len(users))], [np.arange(len(readers))])
+    >>> clients = recommendation(news, everything, words, 4, history=1, negatives=2)
+    >>> clients.train.inputs["candidates"].tolist(), clients.test.labels.tolist()
+    ([[2, 1, -1]], [[1, 0]])
     """
     texts = [f"{t} {a}".strip() for t, a in zip(news.titles, news.abstracts, strict=True)] if abstracts else news.titles
     tokens = fd.cached_texts(texts, tokenizer, length)
@@ -184,7 +197,14 @@ def recommendation(
     )
 
 
-def next_character(speeches: Sequence[tuple[str, str]], test_fraction: Number, seed: int, length: int = 64) -> Clients:
+def next_character(
+    speeches: Sequence[tuple[str, str]],
+    test_fraction: Number,
+    seed: int,
+    length: int = 64,
+    *,
+    validation: bool = False,
+) -> Clients:
     """The next character of what somebody says: every speaker who says enough for training and test is a client.
 
     Args:
@@ -192,6 +212,7 @@ def next_character(speeches: Sequence[tuple[str, str]], test_fraction: Number, s
         test_fraction: of each speaker's pieces.
         seed: of that split.
         length: characters of a piece, see `characters`.
+        validation: whether a part of the training pieces is held out and evaluated instead.
 
     >>> clients = next_character([("A", "to be or not"), ("B", "no"), ("A", "to be")], 0.5, 0, length=4)
     >>> clients.names, clients.train.inputs.shape
@@ -203,6 +224,8 @@ def next_character(speeches: Sequence[tuple[str, str]], test_fraction: Number, s
     parts = [np.flatnonzero(speakers == name) for name in names]
     vocab = len(pieces.vocabulary) + 1  # and padding
     train, test = fd.train_test_split(parts, test_fraction, seed)
+    if validation:
+        train, test = fd.train_test_split(train, test_fraction, seed + 1)
     return Clients(
         train=fd.federate(pieces.inputs, pieces.labels, train),
         test=fd.federate(pieces.inputs, pieces.labels, test),

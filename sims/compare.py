@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
     scores = clients.scores
     rows = report.table_rows(runs, baseline_of(config), scores)
-    title = f"{config.name}: test {scores[-1]} after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
+    held_out = "validation" if config.data.validation else "test"
+    title = f"{config.name}: {held_out} {scores[-1]} after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
     common.console.print("", common.make_table(rows, title))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     (folder / "table.csv").write_text(report.as_csv(rows))

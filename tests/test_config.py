@@ -61,6 +61,7 @@ IMPOSSIBLE = {
         "teacher's, 1",
     ),
     "methods: {a: {depth: 1}}": ("methods.a.depth", "for a transformer"),
+    "data: {task: recommendation}": ("data.partition", "'iid' or 'natural'"),
     "data: {length: 0}": ("data.length", "at least 1"),
     "data: {examples: 0}": ("data.examples", "null for all"),
     "[1, 2]": ("config", "mapping"),

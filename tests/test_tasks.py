@@ -27,7 +27,9 @@ from fedkd_jax.config import (
     validate,
 )
 from fedkd_jax.data import federate
+from fedkd_jax.data.corpus_builders import TaggedWords
 from fedkd_jax.models import TransformerConfig, recommender
+from fedkd_jax.models.transformer import HIDDEN
 from fedkd_jax.tasks import Clients, subset
 
 KEY = jax.random.key(5)
@@ -48,10 +50,11 @@ def folder(tmp_path, monkeypatch):
     ade, reviews, cdr = (tmp_path / name for name in ("ade_corpus_v2", "psytar", "bc5cdr"))
     for each in (ade, reviews / "all", reviews / "binary", cdr):
         each.mkdir(parents=True)
-    relation = "{i}|A rash after Lithium {i}.|rash|{a}|{b}|Lithium|{c}|{d}"
-    lines = [relation.format(i=i, a=2, b=6, c=13, d=20) for i in range(12)]
+    relation = "{i}|A rash after Lithium {word}.|rash|{a}|{b}|Lithium|{c}|{d}"
+    unique = [" ".join(["a", "and"][int(bit)] for bit in f"{i:04b}") for i in range(12)]
+    lines = [relation.format(i=i, word=unique[i], a=2, b=6, c=13, d=20) for i in range(12)]
     (ade / "DRUG-AE.rel").write_text("\n".join(lines) + "\n")
-    (ade / "ADE-NEG.txt").write_text("".join(f"{i} NEG no news today {i}\n" for i in range(12)))
+    (ade / "ADE-NEG.txt").write_text("".join(f"{i} NEG no {unique[i]} today\n" for i in range(12)))
     for part in ("train", "dev", "test"):
         (reviews / "all" / f"{part}.txt").write_text("a\tO\nrash\tB-ADR\n\nno\tO\nnews\tO\n\n" * 3)
     for part in ("train", "devel", "test"):
@@ -65,12 +68,12 @@ def folder(tmp_path, monkeypatch):
         (where / "behaviors.tsv").write_text("".join(rows))
     shakespeare = tmp_path / "tiny_shakespeare"
     shakespeare.mkdir()
-    (shakespeare / "input.txt").write_text("All:\nSpeak, speak.\n\nFirst Citizen:\nYou are all resolved.\n" * 3)
+    (shakespeare / "input.txt").write_text("All:\nSpeak, speak.\n\nFirst Citizen:\nYou are all resolved.\n\n" * 3)
     return tmp_path
 
 
 def experiment(folder, task, name, **data):
-    data = DataConfig(task=task, name=name, dir=str(folder), length=8, history=3, clients=3, **data)
+    data = DataConfig(task=task, name=name, dir=str(folder), history=3, clients=3, **{"length": 12, **data})
     student = dataclasses.replace(SMALL, depth=1)
     checkpoint = str(folder / "bert")
     return Experiment(batch=4, data=data, teacher=SMALL, student=student, checkpoint=checkpoint, rounds=2)
@@ -79,9 +82,9 @@ def experiment(folder, task, name, **data):
 TASKS = {
     "detection": ("classification", "ade_corpus_v2", dict(partition="iid"), 3, ("precision", "recall", "f1")),
     "tagging": ("tagging", "psytar+ade_corpus_v2+bc5cdr", {}, 3, ("precision", "recall", "f1")),
-    "recommendation": ("recommendation", "posts", {}, 3, ("mrr", "ndcg@5", "ndcg@10", "auc")),
+    "recommendation": ("recommendation", "posts", dict(partition="iid"), 3, ("mrr", "ndcg@5", "ndcg@10", "auc")),
     "readers": ("recommendation", "posts", dict(partition="natural", natural="user"), 3, ("auc",)),
-    "characters": ("characters", "tiny_shakespeare", dict(test_fraction=0.5), 2, ("accuracy",)),
+    "characters": ("characters", "tiny_shakespeare", dict(test_fraction=0.5, length=6), 2, ("accuracy",)),
 }
 
 
@@ -105,10 +108,13 @@ def test_every_task_gives_clients_with_examples_and_a_model(folder, case, valida
             assert logits.shape == clients.test.labels[:2].shape
         else:
             assert logits.shape[:-1] == clients.test.labels[:2].shape
-    if validation and task != "characters":  # nothing of the test is seen, and what is evaluated was not trained on
+    if validation and task != "tagging":  # which has a split of its own
         whole = build_data(dataclasses.replace(config, data=dataclasses.replace(config.data, validation=False)))
-        own, all_of_it = int(clients.train.count.sum()), int(whole.train.count.sum())
-        assert own < all_of_it or case == "tagging"
+        assert int(clients.train.count.sum()) < int(whole.train.count.sum())
+        if task == "classification":  # every text is its own: none of the test is trained on or evaluated
+            texts = lambda data: {tuple(row) for row in data.inputs.tolist()}  # noqa: E731
+            seen = [texts(data) for data in (clients.train, clients.test, whole.test)]
+            assert sum(map(len, seen)) == len(set().union(*seen))
 
 
 def test_a_corpus_is_a_client_with_tags_of_its_own(folder):
@@ -123,8 +129,8 @@ def test_a_corpus_is_a_client_with_tags_of_its_own(folder):
             assert {clients.classes[t][2:] for t in np.unique(labels[labels > 0])} == kinds
             assert np.take_along_axis(used, np.maximum(labels, 0), axis=1).all()
             others = [j for j, name in enumerate(clients.classes) if name[2:] not in kinds and name != "O"]
-            own = {"ADR", "WD", "EF", "INF", "SSI", "DI", "DN", "SI", "SX"} if i == 0 else set()
-            assert not used[:, [j for j in others if clients.classes[j][2:] not in own]].any()
+            known = set(TaggedWords.TYPES["psytar"]) if i == 0 else kinds
+            assert not used[:, [j for j in others if clients.classes[j][2:] not in known]].any()
 
 
 @pytest.mark.parametrize("case", ["tagging", "recommendation"])
@@ -190,10 +196,11 @@ def test_scores_depend_on_what_was_read_not_on_order_padding_or_other_candidates
     again = apply(params, {"history": shuffled, "candidates": candidates[:, ::-1]})
     np.testing.assert_allclose(out.logits, again.logits[:, ::-1], rtol=1e-4, atol=1e-5)
     fewer = apply(
-        params, {"history": history, "candidates": np.where([True, False, True], candidates, 0).astype(np.int32)}
+        params, {"history": history, "candidates": np.where([True, False, True], candidates, -1).astype(np.int32)}
     )
     np.testing.assert_allclose(out.logits[:, ::2], fewer.logits[:, ::2], rtol=1e-4, atol=1e-5)
     assert not fewer.mask[:, 5].any()
+    assert (fewer.logits[:, 1] == HIDDEN).all()
     assert not out.mask[:, length:4].any()
     # a reader of one news: the score is the inner product of the two news
     if length == 1:

@@ -320,7 +320,7 @@ def training_rows(
     Returns:
       (inputs, labels, users), where inputs is `{"history": [n, H] int32, "candidates": [n, 1 + negatives] int32}`, the
       news clicked first, labels is `[n]` int32 zeros and users `[n]` str. A history is oldest first with 0 behind;
-      where there are too few negatives, 0 follows them.
+      where there are too few negatives, -1 follows them: no candidate.
 
     Raises:
       ValueError: an argument is out of range, or there is no click.
@@ -330,7 +330,7 @@ def training_rows(
     ...                           candidate_offset=np.array([0, 2]), unknown=0)
     >>> inputs, labels, users = training_rows(impressions, history=3, negatives=2, seed=0)
     >>> inputs["history"].tolist(), inputs["candidates"].tolist(), labels.tolist()
-    ([[5, 2, 0]], [[4, 3, 0]], [0])
+    ([[5, 2, 0]], [[4, 3, -1]], [0])
     """
     _check("history", history)
     _check("negatives", negatives)
@@ -343,7 +343,7 @@ def training_rows(
     owner = np.searchsorted(offset, clicks, side="right") - 1
     first = np.searchsorted(others, offset)  # impression i left out others[first[i] : first[i + 1]]
     count = first[owner + 1] - first[owner]
-    candidates = np.zeros((len(clicks), 1 + negatives), np.int32)
+    candidates = np.full((len(clicks), 1 + negatives), -1, np.int32)
     candidates[:, 0] = impressions.candidates[clicks]
     # R. W. Floyd's sampling without replacement (Comm. ACM 30, 1987), all rows at once: of m, draw j of k is among the
     # first m - k + j + 1, and the last of these where it repeats an earlier draw.

@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 
 from fedkd_jax.models.base import from_nnx
-from fedkd_jax.models.transformer import AttentionPooling, Transformer, TransformerConfig
+from fedkd_jax.models.transformer import HIDDEN, AttentionPooling, Transformer, TransformerConfig
 from fedkd_jax.types import Array, Model, Outputs
 
 
 class Recommender(Transformer):
     """Scores of candidate news: a news vector is attention pooling over its tokens, a user vector attention pooling over the
-    vectors of clicked news, the score their inner product over sqrt(width). News 0 is no news.
+    vectors of clicked news, the score their inner product over sqrt(width). News 0 is one that nobody knows; candidate -1 is
+    none, and its score is `HIDDEN`.
 
     Hidden states and attention maps of all news of an impression, history first, are what it returns: `[B, N, L, d]` and
     `[B, N, heads, L, L]`. Inputs: `{"history": [B, H] int, "candidates": [B, C] int}`, rows of the table.
@@ -36,7 +37,7 @@ class Recommender(Transformer):
 
     def __call__(self, inputs: dict[str, Array]) -> Outputs:
         history, candidates = (jnp.asarray(inputs[name]) for name in ("history", "candidates"))
-        numbers = jnp.concatenate([history, candidates], axis=1)
+        numbers = jnp.maximum(jnp.concatenate([history, candidates], axis=1), 0)
         batch, n = numbers.shape
         encoded = self.encode(self.news.get_value()[numbers.reshape(-1)])
         each = lambda x: x.reshape(batch, n, *x.shape[1:])  # noqa: E731
@@ -45,6 +46,7 @@ class Recommender(Transformer):
         user = self.user_pooling(clicked, history > 0)
         scores = jnp.einsum("bd,bcd->bc", user, offered) / self.config.width**0.5
         hidden, attention = (tuple(map(each, x)) for x in (encoded.hidden, encoded.attention))
+        scores = jnp.where(candidates >= 0, scores, HIDDEN)
         return Outputs(scores, hidden, attention, each(encoded.mask) & (numbers > 0)[..., None])
 
 
@@ -55,6 +57,7 @@ def recommender(config: TransformerConfig, news: np.ndarray) -> Model:
         config: of the news encoder.
         news: `[m, L]` int32, the tokens of every news; row 0 stands for no news.
 
+    >>> import jax
     >>> config = TransformerConfig(vocab=9, width=8, layers=1, heads=2, inner=16)
     >>> model = recommender(config, np.array([[0, 0], [1, 2]], np.int32))
     >>> sorted(model.init(jax.random.key(0)))

@@ -71,7 +71,11 @@ class TransformerConfig:
 
 
 class Encoded(NamedTuple):
-    """What the layers make of a text."""
+    """What the layers make of a text.
+
+    >>> Encoded._fields
+    ('last', 'hidden', 'attention', 'mask')
+    """
 
     last: jax.Array  # [B, L, d]
     hidden: tuple[jax.Array, ...]  # of each layer, lowest first, [B, L, d] float32
