@@ -83,7 +83,7 @@ def classification(
         train=fd.federate(inputs, examples.labels, train),
         test=fd.federate(inputs, examples.labels, test),
         labels=examples.labels,
-        parts=[np.concatenate(pair) for pair in zip(train, test, strict=True)],
+        parts=[np.sort(np.concatenate(pair)) for pair in zip(train, test, strict=True)],
         classes=examples.classes,
         **more,
     )

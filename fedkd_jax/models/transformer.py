@@ -300,7 +300,7 @@ def language_model(config: TransformerConfig) -> Model:
 # ---- what a federated method has to know of such parameters --------------------------------------------------------------
 
 
-def is_fixed(path: tuple[str, ...], leaf: Array) -> bool:
+def is_fixed(path: tuple[str, ...], leaf: Array | jax.ShapeDtypeStruct) -> bool:
     """For `freeze`: the embeddings, and tables that are data, such as a recommender's news.
 
     >>> is_fixed(("embeddings", "word", "embedding"), jnp.zeros((9, 8))), is_fixed(("head", "bias"), jnp.zeros(2))
@@ -309,7 +309,7 @@ def is_fixed(path: tuple[str, ...], leaf: Array) -> bool:
     return path[0] == "embeddings" or is_table(path, leaf)
 
 
-def is_table(path: tuple[str, ...], leaf: Array) -> bool:
+def is_table(path: tuple[str, ...], leaf: Array | jax.ShapeDtypeStruct) -> bool:
     """For `freeze`: tables that are data only.
 
     >>> is_table(("news",), jnp.zeros((9, 8), jnp.int32)), is_table(("embeddings", "word", "embedding"), jnp.zeros((9, 8)))
