@@ -5,6 +5,7 @@ An error is one line that names the key, its value and what is allowed, and it c
 
 import dataclasses
 import functools
+import math
 import pathlib
 import types
 import typing
@@ -69,7 +70,9 @@ class DataConfig:
     examples: int | None = None  # use only so many, drawn with `seed`: of each corpus, of each split
     download: bool = False  # whether a "tfds:" set may be downloaded
     partition: Literal["iid", "dirichlet", "shards", "natural"] = "dirichlet"
-    natural: str | None = None  # of "natural": the feature that says who an example belongs to
+    # the feature that says who an example belongs to: with "natural" each is a client; with "iid" they are dealt out whole, and
+    # none is on both sides of the split
+    natural: str | None = None
     clients: int = 20  # N; not used by "natural"
     alpha: float = 0.3  # of "dirichlet"
     shards_per_client: int = 2  # of "shards"
@@ -77,8 +80,12 @@ class DataConfig:
     test_fraction: float = 0.25  # of each client's examples, where the data have no test split of their own
     validation: bool = False  # evaluate on a part of the training examples instead, to tune without seeing the test
     length: int = 64  # tokens of a text, characters of a piece
+    test_length: int | None = (
+        None  # of "tagging": tokens of a test sentence, by default the same; words past it do not count
+    )
     history: int = 50  # of "recommendation": how many news a reader clicked are looked at
     negatives: int = 4  # of "recommendation": candidates beside the one clicked, in training
+    candidates: int | None = None  # of "recommendation": evaluate at most so many of an impression's; by default all
     abstracts: bool = False  # of "recommendation": read titles and abstracts
     seed: int = 0  # of partition and split; the same for every method and seed of a comparison
 
@@ -122,6 +129,10 @@ class OptimizerConfig:
     momentum: float = 0.0  # of sgd
     weight_decay: float = 0.0  # of adamw
     clip_norm: float | None = None  # clip gradients to this global norm first
+    # the learning rate goes down to 0 over the steps that the optimiser lives: a round where it starts anew each round
+    # (`reset_optimizer`), otherwise the run
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0  # the share of these steps in which it rises from 0 first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +260,16 @@ def from_dict(kind: Any, value: Any, key: str = "") -> Any:
     return value
 
 
+# the keys of `data` that not every task reads, and those that do
+_READERS = {
+    **dict.fromkeys(("split", "download", "alpha", "shards_per_client", "min_examples"), ("classification",)),
+    **dict.fromkeys(("partition", "natural", "clients"), ("classification", "recommendation")),
+    **dict.fromkeys(("history", "negatives", "candidates", "abstracts"), ("recommendation",)),
+    "examples": ("classification", "tagging", "recommendation"),
+    "test_length": ("tagging",),
+}
+
+
 def validate(config: Experiment) -> None:
     """Refuses values that cannot be, before anything is loaded or compiled.
 
@@ -281,13 +302,23 @@ def validate(config: Experiment) -> None:
     for key in ("length", "history", "negatives"):
         check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     check(data.examples is None or data.examples >= 1, "data.examples", data.examples, "at least 1, or null for all")
+    for key in ("test_length", "candidates"):
+        value = getattr(data, key)
+        check(value is None or value >= 1, f"data.{key}", value, "at least 1, or null")
     keyed = data.natural is not None
-    allowed = "a feature of the data where data.partition is 'natural', else null"
-    check(keyed == (data.partition == "natural"), "data.natural", data.natural, allowed)
+    allowed = "a feature of the data where data.partition is 'natural', null where it is neither that nor 'iid'"
+    fits = keyed if data.partition == "natural" else not keyed or data.partition == "iid"
+    check(fits, "data.natural", data.natural, allowed)
     if data.task == "recommendation":
         own = data.partition in ("iid", "natural")
         check(own, "data.partition", data.partition, "'iid' or 'natural' for recommendation")
-        check(data.natural in (None, "user"), "data.natural", data.natural, "'user' for recommendation")
+        user = "user" if data.partition == "natural" else None
+        check(data.natural == user, "data.natural", data.natural, f"{user!r} for recommendation, {data.partition}")
+    plain = DataConfig()
+    for key, value in dataclasses.asdict(data).items():
+        readers = _READERS.get(key, (data.task,))
+        unused = data.task in readers or value == getattr(plain, key)
+        check(unused, f"data.{key}", value, f"left out, as only {' and '.join(readers)} reads it")
     if config.cohort is not None:
         dealt = data.partition != "natural" and data.task in ("classification", "recommendation")
         most = f"1 to data.clients, {data.clients}" if dealt else "at least 1"
@@ -305,6 +336,16 @@ def validate(config: Experiment) -> None:
         needed = data.task != "characters" and text
         allowed = "'minilm' or a folder: its tokenizer reads the texts"
         check(config.checkpoint is not None or not needed, "checkpoint", config.checkpoint, allowed)
+        own = text and (config.checkpoint is None or not model.pretrained)  # its sizes are those of the config
+        longest = max(data.length, data.test_length or 0)
+        if own and data.task != "recommendation":
+            check(
+                longest <= model.positions, f"{name}.positions", model.positions, f"at least data's length, {longest}"
+            )
+        other = config.teacher
+        scratch = own and (config.checkpoint is None or not other.pretrained)
+        same = not scratch or model.heads == other.heads or not _compares_layers(config)
+        check(same, f"{name}.heads", model.heads, f"the teacher's {other.heads}, as attention maps are compared")
         widths = (*model.hidden, *model.channels)
         check(not widths or min(widths) >= 1, name, widths, "widths of at least 1")
         check(model.kind == "cnn" or not model.channels, f"{name}.channels", model.channels, "[] unless kind is 'cnn'")
@@ -320,6 +361,9 @@ def validate(config: Experiment) -> None:
         check(optimizer.learning_rate > 0, f"{key}.learning_rate", optimizer.learning_rate, "a number above 0")
         check(0 <= optimizer.momentum < 1, f"{key}.momentum", optimizer.momentum, "0 up to 1, 1 excluded")
         check(optimizer.weight_decay >= 0, f"{key}.weight_decay", optimizer.weight_decay, "0 or more")
+        check(
+            0 <= optimizer.warmup < 1, f"{key}.warmup", optimizer.warmup, "a share of the steps, 0 up to 1, 1 excluded"
+        )
         clip = optimizer.clip_norm
         check(clip is None or clip > 0, f"{key}.clip_norm", clip, "a number above 0, or null")
     deepest = config.teacher.layers
@@ -340,6 +384,10 @@ def validate(config: Experiment) -> None:
         check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
     known = config.baseline is None or config.baseline in config.methods
     check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
+
+
+def _compares_layers(config: Experiment) -> bool:
+    return any(method.algorithm == "fedkd" and method.hidden for method in config.methods.values())
 
 
 def to_yaml(config: Experiment) -> str:
@@ -400,15 +448,22 @@ def _classification(config: Experiment) -> Clients:
         examples = dataclasses.replace(
             examples, inputs=examples.inputs[rows], labels=examples.labels[rows], natural=natural
         )
-    parts = _partition(c, examples.labels, examples.natural)
-    train, test = fd.train_test_split(parts, c.test_fraction, c.seed, examples.labels)
+    groups = None  # deal and split what belongs together as one
+    if examples.natural is not None and c.partition == "iid":
+        groups = fd.by_key(examples.natural)
+    labels = np.zeros(len(groups), np.int32) if groups is not None else examples.labels
+    parts = _partition(c, labels, examples.natural)
+    train, test = fd.train_test_split(parts, c.test_fraction, c.seed, labels)
     if c.validation:
-        train, test = fd.train_test_split(train, c.test_fraction, c.seed + 1, examples.labels)
+        train, test = fd.train_test_split(train, c.test_fraction, c.seed + 1, labels)
+    if groups is not None:
+        train, test = ([np.sort(np.concatenate([groups[i] for i in ids])) for ids in part] for part in (train, test))
     return tasks.classification(examples, (train, test), load_tokenizer(config) if text else None, c.length)
 
 
 def _partition(c: DataConfig, labels: np.ndarray, natural: np.ndarray | None) -> list[np.ndarray]:
-    if natural is not None:
+    if c.partition == "natural":
+        assert natural is not None, "validate() and load() ask for it"
         return fd.by_key(natural)
     if c.partition == "iid":
         return fd.iid(labels, c.clients, c.seed)
@@ -433,7 +488,7 @@ def _tagging(config: Experiment) -> Clients:
             pair = [whole, fd.load_tagged(name, data_dir=c.dir, split="validation" if c.validation else "test")]
         learn, held_out = (t.take(tasks.subset(len(t), c.examples, c.seed)) for t in pair)
         corpora[name] = (learn, held_out)
-    return tasks.tagging(corpora, load_tokenizer(config), c.length)
+    return tasks.tagging(corpora, load_tokenizer(config), c.length, c.test_length)
 
 
 def _recommendation(config: Experiment) -> Clients:
@@ -447,9 +502,7 @@ def _recommendation(config: Experiment) -> Clients:
             own, shown = (fd.iid(rows, c.clients, c.seed + i) for i, rows in enumerate((train, test)))
         else:  # a reader who clicks nothing in training is no client
             known = np.unique(users[train])
-            own, shown = (
-                [np.flatnonzero(who[rows] == name) for name in known] for who, rows in ((users, train), (readers, test))
-            )
+            own, shown = (_rows_of(known, users[train]), _rows_of(known, readers[test]))
         return [train[ids] for ids in own], [test[ids] for ids in shown]
 
     return tasks.recommendation(
@@ -459,10 +512,18 @@ def _recommendation(config: Experiment) -> Clients:
         c.length,
         history=c.history,
         negatives=c.negatives,
+        candidates=c.candidates,
         seed=c.seed,
         abstracts=c.abstracts,
         validation=c.test_fraction if c.validation else 0,
     )
+
+
+def _rows_of(names: np.ndarray, who: np.ndarray) -> list[np.ndarray]:
+    """Where each of these names stands in `who`, ascending."""
+    order = np.argsort(who, kind="stable")
+    first, end = (np.searchsorted(who[order], names, side) for side in ("left", "right"))
+    return [order[i:j] for i, j in zip(first, end, strict=True)]
 
 
 def _characters(config: Experiment) -> Clients:
@@ -540,8 +601,10 @@ def _check_tokens(config: Experiment, sizes: TransformerConfig) -> None:
         if own != theirs:
             allowed = f"a model and a tokenizer that agree; the {name} is {own} and {theirs}"
             raise ConfigError("checkpoint", config.checkpoint, allowed)
-    if config.data.length > sizes.positions:
-        raise ConfigError("data.length", config.data.length, f"at most the model's positions, {sizes.positions}")
+    for key in ("length", "test_length"):
+        if (getattr(config.data, key) or 0) > sizes.positions:
+            allowed = f"at most the model's positions, {sizes.positions}"
+            raise ConfigError(f"data.{key}", getattr(config.data, key), allowed)
 
 
 def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:
@@ -550,18 +613,54 @@ def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Mode
     return mlp((example.size, *config.hidden, classes))
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """An optax optimiser.
+def local_steps_of(config: Experiment, method: MethodConfig, clients: Clients) -> tuple[int, int]:
+    """The steps of the largest client in a round, and in the run; with cohorts as many as are expected.
 
-    >>> build_optimizer(OptimizerConfig(name="sgd", learning_rate=0.1)).init(0.0)
+    >>> config = Experiment(rounds=3, data=DataConfig(clients=2, partition="iid"))
+    >>> local_steps_of(config, MethodConfig(), build_data(config))
+    (43, 129)
+    """
+    alone = method.algorithm == "centralised"
+    counts = np.asarray(clients.train.count)
+    largest, share = int(counts.sum() if alone else counts.max()), 1.0
+    if config.cohort is not None and not alone:
+        share = config.cohort / len(counts)
+    each = config.steps or config.epochs * math.ceil(largest / config.batch)
+    return each, math.ceil(each * config.rounds * share)
+
+
+def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule | float:
+    """The learning rate of each of `steps` steps.
+
+    >>> rate = build_schedule(OptimizerConfig(learning_rate=1.0, schedule="linear", warmup=0.5), 8)
+    >>> [float(rate(step)) for step in (0, 2, 4, 6, 8)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    peak, rise = config.learning_rate, round(config.warmup * steps)
+    rest = max(steps - rise, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if rise:
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), after], [rise])
+    return peak if config.schedule == "constant" else after
+
+
+def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """An optax optimiser for so many steps, see `build_schedule`.
+
+    >>> build_optimizer(OptimizerConfig(name="sgd", learning_rate=0.1), 100).init(0.0)
     (EmptyState(), EmptyState())
     """
+    rate = build_schedule(config, steps)
     if config.name == "sgd":
-        optimizer = optax.sgd(config.learning_rate, config.momentum or None)
+        optimizer = optax.sgd(rate, config.momentum or None)
     elif config.name == "adam":
-        optimizer = optax.adam(config.learning_rate)
+        optimizer = optax.adam(rate)
     else:
-        optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
     return (
         optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     )
@@ -597,7 +696,10 @@ def build_algorithm(
     if method.depth is not None:
         config = dataclasses.replace(config, student=dataclasses.replace(config.student, depth=method.depth))
     models = build_models(config, clients)
-    optimizers = {name: build_optimizer(getattr(config, f"{name}_optimizer")) for name in ("teacher", "student")}
+    in_round, in_run = local_steps_of(config, method, clients)
+    shared_steps = in_round if method.reset_optimizer else in_run
+    if method.message == "gradient":  # the server's steps
+        shared_steps = config.rounds
     codec = build_codec(method, config.rounds)
     weight_fn = {"examples": example_weight, "uniform": uniform_weight}[method.weighting]
     if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
@@ -610,9 +712,9 @@ def build_algorithm(
             models["teacher"],
             models["student"],
             example=jax.tree.map(lambda x: x[:1], clients.train.inputs),
-            teacher_optimizer=optimizers["teacher"],
-            student_optimizer=optimizers["student"],
-            projection_optimizer=None if own is None else build_optimizer(own),
+            teacher_optimizer=build_optimizer(config.teacher_optimizer, in_run),
+            student_optimizer=build_optimizer(config.student_optimizer, shared_steps),
+            projection_optimizer=None if own is None else build_optimizer(own, in_run),
             uplink=codec,
             downlink=codec,
             loss_fn=functools.partial(mutual_distillation, **flags),
@@ -625,7 +727,8 @@ def build_algorithm(
             **local,
         )
     model = models[method.model]
-    optimizer = optimizers[method.model] if method.optimizer is None else build_optimizer(method.optimizer)
+    optimizer = method.optimizer or getattr(config, f"{method.model}_optimizer")
+    optimizer = build_optimizer(optimizer, shared_steps if method.algorithm == "fedavg" else in_run)
     if method.algorithm == "fedavg":
         shared = dict(uplink=codec, downlink=codec, weight_fn=weight_fn, reset_optimizer=method.reset_optimizer)
         return fedavg(model, optimizer=optimizer, **shared, **local)

@@ -119,7 +119,8 @@ def hidden_loss(
     """Sum over matched layers of MSE(H_t, W_h H_s) + MSE(A_t, A_s), eq. 5 before its division by L_t + L_s.
 
     Each MSE is the mean over unmasked positions and over features (over heads and unmasked query-key pairs for
-    attention maps). The sum over layers is the reference code's; the paper writes one layer only.
+    attention maps). The sum over layers is the reference code's; the paper writes one layer only. Pairs that both models
+    hide by themselves, as causal ones do, are equal and count as such.
 
     Args:
         teacher, student: hidden `[B, ..., d_t]` and `[B, ..., d_s]`, attention `[B, ..., heads, L, L]`; either may be `()`.

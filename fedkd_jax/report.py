@@ -53,6 +53,7 @@ def records(history: History, counts: np.ndarray, clients: int, *, of_clients: S
         row = evaluation["round"] - done - 1
         record: Record = {
             "round": evaluation["round"],
+            "uplink_bytes_per_client": float(traffic["uplink_bytes"][row]),
             "bytes_per_client": float(traffic["uplink_bytes"][row] + traffic["downlink_bytes"][row]),
             "floats_per_client": float(traffic["uplink_floats"][row] + traffic["downlink_floats"][row]),
             "not_finite": int((~np.asarray(rounds.finite[: row + 1])).sum()),
@@ -85,18 +86,18 @@ def table_rows(
 
     Returns:
         Rows of strings: method, model, metrics over all examples and the last of them per client, in percent, mean and
-        standard deviation over seeds, traffic per client in bytes and in the paper's float count, and how many times less
-        than the baseline.
+        standard deviation over seeds, traffic per client in bytes, up, down and both, and in the paper's float count, and
+        how many times less than the baseline.
 
     Raises:
         ValueError: a method without a model that has them.
 
     >>> def run(accuracy, sent):
     ...     return [[{"model/accuracy": accuracy, "model/accuracy_per_client": accuracy, "bytes_per_client": sent,
-    ...               "floats_per_client": sent / 4}]]
+    ...               "uplink_bytes_per_client": sent / 2, "floats_per_client": sent / 4}]]
     >>> rows = table_rows({"FedAvg": run(0.9, 4e6), "ours": run(0.91, 2e5)}, "FedAvg")
-    >>> rows[1]["accuracy %"], rows[1]["less"]
-    ('91.00', '20.0x')
+    >>> rows[1]["accuracy %"], rows[1]["up/client"], rows[1]["less"]
+    ('91.00', '100.00 kB', '20.0x')
     """
     costs = {m: float(np.mean([r[-1]["bytes_per_client"] for r in seeds])) for m, seeds in runs.items()}
     rows = []
@@ -108,7 +109,9 @@ def table_rows(
                 row[f"{metric} %"] = _mean_std([100 * r[f"{model}/{metric}"] for r in last])
             row["per client %"] = _mean_std([100 * r[f"{model}/{metrics[-1]}_per_client"] for r in last])
             sent = costs[method] > 0
-            row["bytes/client"] = human_bytes(costs[method]) if sent else "-"
+            up = float(np.mean([r["uplink_bytes_per_client"] for r in last]))
+            for column, count in (("up", up), ("down", costs[method] - up), ("bytes", costs[method])):
+                row[f"{column}/client"] = human_bytes(count) if sent else "-"
             row["floats/client"] = f"{np.mean([r['floats_per_client'] for r in last]):,.0f}" if sent else "-"
             if baseline is not None:
                 row["less"] = f"{costs[baseline] / costs[method]:.1f}x" if sent and costs[baseline] else "-"

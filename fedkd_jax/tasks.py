@@ -38,6 +38,7 @@ class Clients:
     scores: tuple[str, ...] = ("accuracy",)  # of the metrics, what a table shows; the last one decides
     names: tuple[str, ...] | None = None  # of the clients, where they are few and have one
     model: Callable[[TransformerConfig], Model] | None = None  # a transformer with this task's head
+    remarks: tuple[str, ...] = ()  # what a reader of the results has to know
 
 
 def subset(n: int, examples: int | None, seed: int) -> np.ndarray:
@@ -89,12 +90,18 @@ def classification(
     )
 
 
-def tagging(corpora: Mapping[str, tuple[fd.Tagged, fd.Tagged]], tokenizer: Tokenizer, length: int = 64) -> Clients:
+def tagging(
+    corpora: Mapping[str, tuple[fd.Tagged, fd.Tagged]],
+    tokenizer: Tokenizer,
+    length: int = 64,
+    test_length: int | None = None,
+) -> Clients:
     """Named entities: every corpus is a client with its own tags, among which it chooses; the models know the union of all.
 
     Args:
         corpora: {name: (training, test) sentences}.
         tokenizer, length: see `encode_words`.
+        test_length: of the test sentences, by default the same. Words past it are not evaluated; `remarks` says how many.
 
     >>> from tokenizers.models import WordLevel
     >>> words = Tokenizer(WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "rash": 3}, "[PAD]"))
@@ -107,28 +114,32 @@ def tagging(corpora: Mapping[str, tuple[fd.Tagged, fd.Tagged]], tokenizer: Token
     union = tuple(dict.fromkeys(name for pair in corpora.values() for name in pair[0].names))
     number = {name: i for i, name in enumerate(union)}
 
-    def federated(which: int) -> FederatedData:
-        tokens, labels, used, parts = [], [], [], []
+    def federated(which: int, length: int) -> tuple[FederatedData, list[int]]:
+        tokens, labels, used, parts, lost = [], [], [], [], []
         for pair in corpora.values():
             tagged = pair[which]
             own = np.array([number[name] for name in tagged.names], np.int32)
             ids, tags = fd.cached_words(tagged.words, [own[t] for t in tagged.tags], tokenizer, length)
+            lost.append(fd.lost_words(tagged.words, tags))
             start = sum(map(len, tokens))
             tokens.append(ids)
             labels.append(tags)
             used.append(np.tile(np.isin(np.arange(len(union)), own), (len(ids), 1)))
             parts.append(np.arange(start, start + len(ids)))
         inputs = {"tokens": np.concatenate(tokens), "classes": np.concatenate(used)}
-        return fd.federate(inputs, np.concatenate(labels), parts)
+        return fd.federate(inputs, np.concatenate(labels), parts), lost
 
     entities = [
         [number[pair[0].names[t]] for tagged in pair for tags in tagged.tags for t in tags if t > 0]
         for pair in corpora.values()
     ]
     starts = np.cumsum([0, *map(len, entities)])
+    test_length = test_length or length
+    train, _ = federated(0, length)
+    test, lost = federated(1, test_length)
     return Clients(
-        train=federated(0),
-        test=federated(1),
+        train=train,
+        test=test,
         labels=np.concatenate([np.array(e, np.int32) for e in entities]),
         parts=[np.arange(a, b) for a, b in itertools.pairwise(starts)],
         classes=union,
@@ -136,6 +147,12 @@ def tagging(corpora: Mapping[str, tuple[fd.Tagged, fd.Tagged]], tokenizer: Token
         scores=("precision", "recall", "f1"),
         names=tuple(corpora),
         model=lambda config: tagger(config, len(union)),
+        remarks=tuple(
+            f"{name}: {words:,} of {sum(map(len, tagged.words)):,} test words lie past {test_length} tokens, or have none,"
+            " and are not evaluated"
+            for (name, (_, tagged)), words in zip(corpora.items(), lost, strict=True)
+            if words
+        ),
     )
 
 
@@ -147,6 +164,7 @@ def recommendation(
     *,
     history: int = 50,
     negatives: int = 4,
+    candidates: int | None = None,
     seed: int = 0,
     abstracts: bool = False,
     validation: Number = 0,
@@ -158,8 +176,14 @@ def recommendation(
         deal: (users of the training rows, users of the test rows) -> the rows of every client.
         tokenizer, length: of titles, see `encode_texts`.
         history, negatives, seed: see `training_rows`.
+        candidates: see `evaluation_rows`.
         abstracts: whether a news's text is its title and abstract.
         validation: the share of the training impressions that is held out and evaluated instead of the test split.
+
+    Evaluated is "test", or "dev" where test has no labels, as in MIND-large.
+
+    Raises:
+        ValueError: no split to train on, or none with labels to evaluate.
 
     >>> from tokenizers.models import WordLevel
     >>> words = Tokenizer(WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "rain": 3}, "[PAD]"))
@@ -176,14 +200,22 @@ def recommendation(
     """
     texts = [f"{t} {a}".strip() for t, a in zip(news.titles, news.abstracts, strict=True)] if abstracts else news.titles
     tokens = fd.cached_texts(texts, tokenizer, length)
+    if "train" not in news.splits:
+        raise ValueError(f"news has the splits {', '.join(news.splits)}; allowed: train, and test or dev to evaluate")
     train = news.splits["train"]
     if validation:
         (learn,), (held_out,) = fd.train_test_split([np.arange(len(train))], validation, seed)
         train, test = train.take(learn), train.take(held_out)
     else:
-        test = news.splits["test"]
+        labelled = (s for s in ("test", "dev") if s in news.splits and (news.splits[s].clicked >= 0).all())
+        split = next(labelled, None)
+        if split is None:
+            raise ValueError(
+                f"news has the splits {', '.join(news.splits)}; allowed: a test or a dev whose impressions have labels"
+            )
+        test = news.splits[split]
     inputs, labels, users = fd.training_rows(train, history=history, negatives=negatives, seed=seed)
-    shown, clicked, readers, _ = fd.evaluation_rows(test, history=history)
+    shown, clicked, readers, _ = fd.evaluation_rows(test, history=history, candidates=candidates)
     train_parts, test_parts = deal(users, readers)
     return Clients(
         train=fd.federate(inputs, labels, train_parts),

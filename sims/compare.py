@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f"{len(algorithms)} methods x {len(config.seeds)} seeds, {len(clients.parts)} clients, {config.rounds} rounds"
         f" -> {folder}"
     )
+    for remark in clients.remarks:
+        common.console.print(remark)
     report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
 
     runs = {}

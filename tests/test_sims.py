@@ -153,6 +153,7 @@ def test_table_says_mean_std_and_ratio():
                     "m/accuracy": a,
                     "m/accuracy_per_client": a,
                     "bytes_per_client": sent,
+                    "uplink_bytes_per_client": sent / 4,
                     "floats_per_client": 1.0,
                 }
             ]
@@ -198,7 +199,8 @@ def test_records_hold_pooled_values_and_tables_any_metrics_and_clients():
     assert "m/f1_of_client" not in report.records(history(0.2, 0.4, np.nan), counts, 3)[-1]
 
     (row,) = table_rows({"FedAvg": seeds}, None, ("accuracy", "f1"))
-    assert list(row) == ["method", "model", "accuracy %", "f1 %", "per client %", "bytes/client", "floats/client"]
+    traffic = ["up/client", "down/client", "bytes/client", "floats/client"]
+    assert list(row) == ["method", "model", "accuracy %", "f1 %", "per client %", *traffic]
     assert row["f1 %"] == "30.00 ± 0.00"
     assert row["per client %"] == "35.00 ± 7.07"
     (row,) = report.client_rows({"FedAvg": seeds}, "f1", names)

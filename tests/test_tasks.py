@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +25,14 @@ from fedkd_jax.config import (
     ModelConfig,
     build_algorithm,
     build_data,
+    load_tokenizer,
     validate,
 )
-from fedkd_jax.data import federate
+from fedkd_jax.data import encode_texts, federate, load, load_news
 from fedkd_jax.data.corpus_builders import TaggedWords
 from fedkd_jax.models import TransformerConfig, recommender
 from fedkd_jax.models.transformer import HIDDEN
-from fedkd_jax.tasks import Clients, subset
+from fedkd_jax.tasks import Clients, recommendation, subset
 
 KEY = jax.random.key(5)
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "rash", "after", "Lithium", "no", "news", "today", "and", "rain"]
@@ -73,7 +75,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def experiment(folder, task, name, **data):
-    data = DataConfig(task=task, name=name, dir=str(folder), history=3, clients=3, **{"length": 12, **data})
+    usual = {"length": 12}
+    if task in ("classification", "recommendation"):
+        usual["clients"] = 3
+    if task == "recommendation":
+        usual["history"] = 3
+    data = DataConfig(task=task, name=name, dir=str(folder), **{**usual, **data})
     student = dataclasses.replace(SMALL, depth=1)
     checkpoint = str(folder / "bert")
     return Experiment(batch=4, data=data, teacher=SMALL, student=student, checkpoint=checkpoint, rounds=2)
@@ -131,6 +138,64 @@ def test_a_corpus_is_a_client_with_tags_of_its_own(folder):
             others = [j for j, name in enumerate(clients.classes) if name[2:] not in kinds and name != "O"]
             known = set(TaggedWords.TYPES["psytar"]) if i == 0 else kinds
             assert not used[:, [j for j in others if clients.classes[j][2:] not in known]].any()
+
+
+def test_what_belongs_together_is_dealt_and_split_as_one(folder):
+    config = experiment(folder, "classification", "ade_corpus_v2", partition="iid", natural="document", clients=2)
+    validate(config)
+    clients = build_data(config)
+    whole, _ = load("ade_corpus_v2", data_dir=folder, test_split=None, natural="document")
+    assert np.sort(np.concatenate(clients.parts)).tolist() == list(range(len(whole)))
+    owners = [set(whole.natural[part]) for part in clients.parts]
+    assert not owners[0] & owners[1]
+    text = {
+        tuple(row): whole.natural[i]
+        for i, row in enumerate(encode_texts(whole.inputs, load_tokenizer(config), 12).tolist())
+    }
+    sides = [{text[tuple(row)] for row in data.inputs.tolist()} for data in (clients.train, clients.test)]
+    assert not sides[0] & sides[1]
+
+
+def test_test_sentences_have_a_length_of_their_own_and_lost_words_are_told(folder):
+    config = experiment(folder, "tagging", "psytar+bc5cdr", length=4)
+    short = build_data(config)
+    assert short.remarks
+    assert all("4 tokens" in remark for remark in short.remarks)
+    longer = build_data(dataclasses.replace(config, data=dataclasses.replace(config.data, test_length=40)))
+    assert longer.test.labels.shape[1] == 40
+    assert longer.train.labels.shape[1] == 4
+    assert not longer.remarks
+    lost = (longer.test.labels >= 0).sum() - (short.test.labels >= 0).sum()
+    assert lost == sum(int(remark.split(": ")[1].split(" ")[0]) for remark in short.remarks)
+
+
+@pytest.mark.parametrize("secret", ["test", "both"])
+def test_evaluated_is_the_split_that_has_labels(folder, secret):
+    config = experiment(folder, "recommendation", "posts", partition="iid")
+    news = load_news("posts", data_dir=folder)
+    hide = lambda shown: dataclasses.replace(shown, clicked=np.full_like(shown.clicked, -1))  # noqa: E731
+    test = news.splits["test"]
+    splits = {"train": news.splits["train"], "dev": hide(test) if secret == "both" else test, "test": hide(test)}
+    everything = lambda users, readers: ([np.arange(len(users))], [np.arange(len(readers))])  # noqa: E731
+    make = lambda splits: recommendation(
+        dataclasses.replace(news, splits=splits), everything, load_tokenizer(config), 8
+    )  # noqa: E731
+    if secret == "test":
+        chex.assert_trees_all_equal(make(splits).test, make(news.splits).test)
+    else:
+        with pytest.raises(ValueError, match=r"splits train, dev, test; allowed: a test or a dev whose .* labels"):
+            make(splits)
+    with pytest.raises(ValueError, match=r"splits test; allowed: train"):
+        make({"test": test})
+
+
+def test_a_reader_of_the_training_rows_is_a_client_with_his_test_rows(folder):
+    task, name, options, *_ = TASKS["readers"]
+    clients = build_data(experiment(folder, task, name, **options))
+    news = load_news(name, data_dir=folder)
+    test, users = news.splits["test"], np.unique(news.splits["train"].user)
+    for i, user in enumerate(users):
+        assert clients.test.count[i] == (test.user == user).sum()
 
 
 @pytest.mark.parametrize("case", ["tagging", "recommendation"])

@@ -142,7 +142,7 @@ def fedkd(
         project: whether there is a learnable W_h per matched layer, kept by the client and never sent. False compares
             hidden states as they are.
         share_frozen: whether the frozen parameters of both models are the same, such as pretrained embeddings, and are kept
-            once, the teacher's.
+            once, the teacher's. Only their shapes are compared: that the values agree is the caller's word.
         message: "update", or "gradient" (needs `steps=1`): the server then steps with `student_optimizer` unless
             `server_optimizer` is given.
         reset_student_optimizer: whether the student's optimiser starts anew each round, or stays with the client.
