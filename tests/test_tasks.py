@@ -177,9 +177,10 @@ def test_evaluated_is_the_split_that_has_labels(folder, secret):
     test = news.splits["test"]
     splits = {"train": news.splits["train"], "dev": hide(test) if secret == "both" else test, "test": hide(test)}
     everything = lambda users, readers: ([np.arange(len(users))], [np.arange(len(readers))])  # noqa: E731
-    make = lambda splits: recommendation(
-        dataclasses.replace(news, splits=splits), everything, load_tokenizer(config), 8
-    )  # noqa: E731
+
+    def make(splits):
+        return recommendation(dataclasses.replace(news, splits=splits), everything, load_tokenizer(config), 8)
+
     if secret == "test":
         chex.assert_trees_all_equal(make(splits).test, make(news.splits).test)
     else:
