@@ -29,6 +29,7 @@ def simulate(
     cohort: int | None = None,
     test: FederatedData | None = None,
     eval_every: int | None = None,
+    eval_batch: int = 256,
     metrics: Mapping[str, AnyMetric] = METRICS,
     on_rounds: Callable[[int, RoundInfo], None] | None = None,
     on_evaluation: Callable[[History], None] | None = None,
@@ -48,7 +49,7 @@ def simulate(
         cohort: clients per round K; all by default.
         test: the N clients' test examples; without them nothing is evaluated.
         eval_every: rounds between evaluations, counted from the run's first round; there is always one after the last.
-        metrics: as in `evaluate`.
+        eval_batch, metrics: as in `evaluate`.
         on_rounds: called as `(rounds done in all, RoundInfo [r, K] of the newest)`, for progress.
         on_evaluation: called after each evaluation with the history so far.
 
@@ -116,7 +117,7 @@ def simulate(
             on_rounds(stop, info)
         done = stop
         if test is not None and (done == last or (eval_every and done % eval_every == 0)):
-            evaluations.append({"round": done, **evaluate(algorithm, state, test, metrics=metrics)})
+            evaluations.append({"round": done, **evaluate(algorithm, state, test, metrics=metrics, batch=eval_batch)})
             if on_evaluation is not None:
                 on_evaluation(_history(infos, evaluations))
     return state, _history(infos, evaluations)

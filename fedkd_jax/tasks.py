@@ -18,6 +18,7 @@ from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_ac
 from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
 from fedkd_jax.types import FederatedData, Model, Number
 
+EVALUATED_NEWS = 4096  # encoded at a time: a row of MIND may have 50 news read and 300 shown
 Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of every client
 
 
@@ -38,6 +39,7 @@ class Clients:
     scores: tuple[str, ...] = ("accuracy",)  # of the metrics, what a table shows; the last one decides
     names: tuple[str, ...] | None = None  # of the clients, where they are few and have one
     model: Callable[[TransformerConfig], Model] | None = None  # a transformer with this task's head
+    eval_batch: int = 256  # rows of test data at a time
     remarks: tuple[str, ...] = ()  # what a reader of the results has to know
 
 
@@ -223,6 +225,7 @@ def recommendation(
         labels=np.repeat(np.arange(2), [len(labels), len(clicked)]),
         parts=[np.concatenate([a, len(labels) + b]) for a, b in zip(train_parts, test_parts, strict=True)],
         classes=("clicks to learn from", "test impressions"),
+        eval_batch=max(1, min(256, EVALUATED_NEWS // (history + clicked.shape[1]))),
         metrics=ranking(),
         scores=("mrr", "ndcg@5", "ndcg@10", "auc"),
         model=lambda config: recommender(config, tokens),

@@ -189,6 +189,7 @@ def run_method(
         cohort=config.cohort,
         test=clients.test,
         eval_every=config.eval_every,
+        eval_batch=clients.eval_batch,
         metrics=clients.metrics,
         on_rounds=lambda done, _: progress.update(task, completed=done),
         on_evaluation=None
