@@ -153,6 +153,7 @@ def progress_bar() -> Progress:
         _Speed(),
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=3600,  # rounds of a large model take minutes, and of rich's 30 s none would be left
     )
 
 
