@@ -77,7 +77,8 @@ class DataConfig:
     alpha: float = 0.3  # of "dirichlet"
     shards_per_client: int = 2  # of "shards"
     min_examples: int = 8  # of "dirichlet"
-    test_fraction: float = 0.25  # of each client's examples, where the data have no test split of their own
+    # of each client's examples, or of what is dealt whole, where the data have no test split of their own
+    test_fraction: float = 0.25
     validation: bool = False  # evaluate on a part of the training examples instead, to tune without seeing the test
     length: int = 64  # tokens of a text, characters of a piece
     test_length: int | None = (
@@ -129,10 +130,10 @@ class OptimizerConfig:
     momentum: float = 0.0  # of sgd
     weight_decay: float = 0.0  # of adamw
     clip_norm: float | None = None  # clip gradients to this global norm first
-    # the learning rate goes down to 0 over the steps that the optimiser lives: a round where it starts anew each round
-    # (`reset_optimizer`), otherwise the run
+    # the learning rate goes down to 0 over the steps of the largest client that the optimiser lives: a round where it starts
+    # anew each round (`reset_optimizer`), otherwise the run (`local_steps_of`)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = 0.0  # the share of these steps in which it rises from 0 first
+    warmup: float = 0.0  # the share of these steps in which it rises first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,16 +337,11 @@ def validate(config: Experiment) -> None:
         needed = data.task != "characters" and text
         allowed = "'minilm' or a folder: its tokenizer reads the texts"
         check(config.checkpoint is not None or not needed, "checkpoint", config.checkpoint, allowed)
-        own = text and (config.checkpoint is None or not model.pretrained)  # its sizes are those of the config
-        longest = max(data.length, data.test_length or 0)
-        if own and data.task != "recommendation":
-            check(
-                longest <= model.positions, f"{name}.positions", model.positions, f"at least data's length, {longest}"
-            )
-        other = config.teacher
-        scratch = own and (config.checkpoint is None or not other.pretrained)
-        same = not scratch or model.heads == other.heads or not _compares_layers(config)
-        check(same, f"{name}.heads", model.heads, f"the teacher's {other.heads}, as attention maps are compared")
+        if text and (config.checkpoint is None or not model.pretrained):  # its sizes are those of the config
+            for key in ("length", "test_length"):
+                fits = (getattr(data, key) or 0) <= model.positions
+                allowed = f"at least data.{key}, {getattr(data, key)}"
+                check(fits, f"{name}.positions", model.positions, allowed)
         widths = (*model.hidden, *model.channels)
         check(not widths or min(widths) >= 1, name, widths, "widths of at least 1")
         check(model.kind == "cnn" or not model.channels, f"{name}.channels", model.channels, "[] unless kind is 'cnn'")
@@ -384,10 +380,6 @@ def validate(config: Experiment) -> None:
         check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
     known = config.baseline is None or config.baseline in config.methods
     check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
-
-
-def _compares_layers(config: Experiment) -> bool:
-    return any(method.algorithm == "fedkd" and method.hidden for method in config.methods.values())
 
 
 def to_yaml(config: Experiment) -> str:
@@ -448,16 +440,19 @@ def _classification(config: Experiment) -> Clients:
         examples = dataclasses.replace(
             examples, inputs=examples.inputs[rows], labels=examples.labels[rows], natural=natural
         )
-    groups = None  # deal and split what belongs together as one
-    if examples.natural is not None and c.partition == "iid":
-        groups = fd.by_key(examples.natural)
-    labels = np.zeros(len(groups), np.int32) if groups is not None else examples.labels
-    parts = _partition(c, labels, examples.natural)
+    groups, labels = None, examples.labels
+    if examples.natural is not None and c.partition == "iid":  # deal and split what belongs together as one
+        groups, labels = fd.by_key(examples.natural), None
+        parts = fd.iid(np.zeros(len(groups), np.int32), c.clients, c.seed)
+    else:
+        parts = _partition(c, examples.labels, examples.natural)
     train, test = fd.train_test_split(parts, c.test_fraction, c.seed, labels)
     if c.validation:
         train, test = fd.train_test_split(train, c.test_fraction, c.seed + 1, labels)
     if groups is not None:
-        train, test = ([np.sort(np.concatenate([groups[i] for i in ids])) for ids in part] for part in (train, test))
+        empty = np.zeros(0, np.int64)
+        whole = lambda ids: np.sort(np.concatenate([empty, *(groups[i] for i in ids)]))  # noqa: E731
+        train, test = ([whole(ids) for ids in part] for part in (train, test))
     return tasks.classification(examples, (train, test), load_tokenizer(config) if text else None, c.length)
 
 
@@ -568,7 +563,7 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
     weights = None
     if config.checkpoint is not None and (config.teacher.pretrained or config.student.pretrained):
         weights = _load_bert(checkpoint_folder(config))
-    models = {}
+    models, heads = {}, {}
     for name in ("teacher", "student"):
         own: ModelConfig = getattr(config, name)
         if weights is not None and own.pretrained:
@@ -585,6 +580,12 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
                 sizes |= {"vocab": tokenizer.get_vocab_size(), "pad": tokenizer.token_to_id("[PAD]")}
             sizes = TransformerConfig(layers=own.depth, **sizes)
             models[name] = freeze(clients.model(sizes), is_table)
+        heads[name] = sizes.heads
+    if heads["student"] != heads["teacher"] and any(
+        m.algorithm == "fedkd" and m.hidden for m in config.methods.values()
+    ):
+        allowed = f"the teacher's {heads['teacher']}, as fedkd compares attention maps unless hidden is false"
+        raise ConfigError("student.heads", heads["student"], allowed)
     return models
 
 
@@ -614,19 +615,23 @@ def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Mode
 
 
 def local_steps_of(config: Experiment, method: MethodConfig, clients: Clients) -> tuple[int, int]:
-    """The steps of the largest client in a round, and in the run; with cohorts as many as are expected.
+    """The steps of the largest client in a round, and in the run.
+
+    A client whose cohorts are drawn takes part more or less often than it is expected to: its run is three standard
+    deviations longer, so that no more than one in 700 comes to the end of it. `message="gradient"` steps once a round, on
+    the server.
 
     >>> config = Experiment(rounds=3, data=DataConfig(clients=2, partition="iid"))
     >>> local_steps_of(config, MethodConfig(), build_data(config))
     (43, 129)
     """
-    alone = method.algorithm == "centralised"
-    counts = np.asarray(clients.train.count)
-    largest, share = int(counts.sum() if alone else counts.max()), 1.0
-    if config.cohort is not None and not alone:
-        share = config.cohort / len(counts)
+    counts, rounds = np.asarray(clients.train.count), config.rounds
+    share = 1.0 if config.cohort is None else config.cohort / len(counts)
+    alone = method.algorithm == "centralised"  # one model, trained on all that the cohort holds
+    largest = math.ceil(counts.sum() * share) if alone else int(counts.max())
     each = config.steps or config.epochs * math.ceil(largest / config.batch)
-    return each, math.ceil(each * config.rounds * share)
+    turns = rounds * share + 3 * math.sqrt(rounds * share * (1 - share))
+    return each, each * (rounds if alone else min(rounds, math.ceil(turns)))
 
 
 def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule | float:
@@ -634,7 +639,7 @@ def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule | floa
 
     >>> rate = build_schedule(OptimizerConfig(learning_rate=1.0, schedule="linear", warmup=0.5), 8)
     >>> [float(rate(step)) for step in (0, 2, 4, 6, 8)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
+    [0.25, 0.75, 1.0, 0.5, 0.0]
     """
     peak, rise = config.learning_rate, round(config.warmup * steps)
     rest = max(steps - rise, 1)
@@ -644,7 +649,7 @@ def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule | floa
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[config.schedule]
     if rise:
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), after], [rise])
+        return optax.join_schedules([lambda step: peak * (step + 1) / rise, after], [rise])
     return peak if config.schedule == "constant" else after
 
 

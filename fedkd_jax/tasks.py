@@ -18,7 +18,7 @@ from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_ac
 from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
 from fedkd_jax.types import FederatedData, Model, Number
 
-EVALUATED_NEWS = 4096  # encoded at a time: a row of MIND may have 50 news read and 300 shown
+EVALUATED_TOKENS = 65_536  # of one client's news, encoded at a time: a row of MIND may have 50 news read and 300 shown
 Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of every client
 
 
@@ -178,11 +178,11 @@ def recommendation(
         deal: (users of the training rows, users of the test rows) -> the rows of every client.
         tokenizer, length: of titles, see `encode_texts`.
         history, negatives, seed: see `training_rows`.
-        candidates: see `evaluation_rows`.
+        candidates: see `evaluation_rows`; `remarks` says how many impressions it cuts.
         abstracts: whether a news's text is its title and abstract.
         validation: the share of the training impressions that is held out and evaluated instead of the test split.
 
-    Evaluated is "test", or "dev" where test has no labels, as in MIND-large.
+    Evaluated is "test", or "dev" where test has no labels, as in MIND-large; `remarks` says so.
 
     Raises:
         ValueError: no split to train on, or none with labels to evaluate.
@@ -204,20 +204,24 @@ def recommendation(
     tokens = fd.cached_texts(texts, tokenizer, length)
     if "train" not in news.splits:
         raise ValueError(f"news has the splits {', '.join(news.splits)}; allowed: train, and test or dev to evaluate")
-    train = news.splits["train"]
+    train, remarks = news.splits["train"], []
     if validation:
         (learn,), (held_out,) = fd.train_test_split([np.arange(len(train))], validation, seed)
         train, test = train.take(learn), train.take(held_out)
     else:
-        labelled = (s for s in ("test", "dev") if s in news.splits and (news.splits[s].clicked >= 0).all())
+        labelled = (s for s in ("test", "dev") if s in news.splits and (news.splits[s].clicked >= 0).any())
         split = next(labelled, None)
         if split is None:
             raise ValueError(
                 f"news has the splits {', '.join(news.splits)}; allowed: a test or a dev whose impressions have labels"
             )
         test = news.splits[split]
+        if split != "test":
+            remarks.append(f"evaluated on {split}, as test has no labels")
     inputs, labels, users = fd.training_rows(train, history=history, negatives=negatives, seed=seed)
-    shown, clicked, readers, _ = fd.evaluation_rows(test, history=history, candidates=candidates)
+    shown, clicked, readers, cut = fd.evaluation_rows(test, history=history, candidates=candidates)
+    if cut.any():
+        remarks.append(f"{np.count_nonzero(cut):,} of {len(cut):,} impressions were cut to {candidates} candidates")
     train_parts, test_parts = deal(users, readers)
     return Clients(
         train=fd.federate(inputs, labels, train_parts),
@@ -225,10 +229,11 @@ def recommendation(
         labels=np.repeat(np.arange(2), [len(labels), len(clicked)]),
         parts=[np.concatenate([a, len(labels) + b]) for a, b in zip(train_parts, test_parts, strict=True)],
         classes=("clicks to learn from", "test impressions"),
-        eval_batch=max(1, min(256, EVALUATED_NEWS // (history + clicked.shape[1]))),
+        eval_batch=max(1, min(256, EVALUATED_TOKENS // (length * (history + clicked.shape[1])))),
         metrics=ranking(),
         scores=("mrr", "ndcg@5", "ndcg@10", "auc"),
         model=lambda config: recommender(config, tokens),
+        remarks=tuple(remarks),
     )
 
 

@@ -225,6 +225,22 @@ def write_config(folder: pathlib.Path, config: Experiment) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
 
 
+def tell_remarks(folder: pathlib.Path, clients: Clients) -> None:
+    """What a reader of the results has to know, on the console and in remarks.txt, if there is anything.
+
+    >>> import tempfile
+    >>> from fedkd_jax.config import build_data
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     tell_remarks(pathlib.Path(where), build_data(Experiment()))
+    ...     list(pathlib.Path(where).iterdir())
+    []
+    """
+    for remark in clients.remarks:
+        console.print(remark)
+    if clients.remarks:
+        (folder / "remarks.txt").write_text("\n".join(clients.remarks) + "\n")
+
+
 def append_jsonl(path: pathlib.Path, record: dict) -> None:
     """One line of JSON at the end of a file.
 

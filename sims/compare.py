@@ -2,7 +2,7 @@
 
 Every method sees the same clients, the same splits and the same seeds. Writes into a new folder runs/NAME-N: config.yaml
 (resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, clients.png, a plot of the metric
-(accuracy.png), and clients.md where clients have names.
+(accuracy.png), clients.md where clients have names, and remarks.txt where there is something to know.
 """
 
 if __name__ == "__main__":
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f"{len(algorithms)} methods x {len(config.seeds)} seeds, {len(clients.parts)} clients, {config.rounds} rounds"
         f" -> {folder}"
     )
-    for remark in clients.remarks:
-        common.console.print(remark)
+    common.tell_remarks(folder, clients)
     report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
 
     runs = {}

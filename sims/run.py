@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f"{name}: {len(clients.parts)} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
         f" training examples, {len(clients.labels)} examples in all -> {folder}"
     )
-    for remark in clients.remarks:
-        common.console.print(remark)
+    common.tell_remarks(folder, clients)
     report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
 
     with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:

@@ -28,11 +28,11 @@ from fedkd_jax.config import (
     load_tokenizer,
     validate,
 )
-from fedkd_jax.data import encode_texts, federate, load, load_news
+from fedkd_jax.data import encode_texts, evaluation_rows, federate, load, load_news, training_rows
 from fedkd_jax.data.corpus_builders import TaggedWords
 from fedkd_jax.models import TransformerConfig, recommender
 from fedkd_jax.models.transformer import HIDDEN
-from fedkd_jax.tasks import Clients, recommendation, subset
+from fedkd_jax.tasks import EVALUATED_TOKENS, Clients, recommendation, subset
 
 KEY = jax.random.key(5)
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "rash", "after", "Lithium", "no", "news", "today", "and", "rain"]
@@ -66,7 +66,8 @@ def folder(tmp_path, monkeypatch):
         where.mkdir(parents=True)
         news = [f"N{i}\tx\ty\t{' '.join(WORDS[4 + (i + j) % 9] for j in range(3))}\n" for i in range(9)]
         (where / "news.tsv").write_text("".join(news))
-        rows = [f"{i}\tU{i % 3}\tnow\tN{i % 9} N{(i + 1) % 9}\tN{(i + 2) % 9}-1 N{(i + 4) % 9}-0\n" for i in range(9)]
+        user = lambda i, part=part: "U9" if part == "test" and i == 4 else f"U{min(i % 5, 2)}"  # noqa: E731
+        rows = [f"{i}\t{user(i)}\tnow\tN{i % 9} N{(i + 1) % 9}\tN{(i + 2) % 9}-1 N{(i + 4) % 9}-0\n" for i in range(9)]
         (where / "behaviors.tsv").write_text("".join(rows))
     shakespeare = tmp_path / "tiny_shakespeare"
     shakespeare.mkdir()
@@ -144,6 +145,8 @@ def test_what_belongs_together_is_dealt_and_split_as_one(folder):
     config = experiment(folder, "classification", "ade_corpus_v2", partition="iid", natural="document", clients=2)
     validate(config)
     clients = build_data(config)
+    many = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=7))
+    assert (build_data(many).test.count == 0).any()  # a document or none
     whole, _ = load("ade_corpus_v2", data_dir=folder, test_split=None, natural="document")
     assert np.sort(np.concatenate(clients.parts)).tolist() == list(range(len(whole)))
     owners = [set(whole.natural[part]) for part in clients.parts]
@@ -193,10 +196,41 @@ def test_evaluated_is_the_split_that_has_labels(folder, secret):
 def test_a_reader_of_the_training_rows_is_a_client_with_his_test_rows(folder):
     task, name, options, *_ = TASKS["readers"]
     clients = build_data(experiment(folder, task, name, **options))
-    news = load_news(name, data_dir=folder)
-    test, users = news.splits["test"], np.unique(news.splits["train"].user)
-    for i, user in enumerate(users):
-        assert clients.test.count[i] == (test.user == user).sum()
+    splits = load_news(name, data_dir=folder).splits
+    users = np.unique(splits["train"].user)
+    assert set(splits["test"].user) > set(users)  # who is not trained on is not evaluated
+    train, _, who = training_rows(splits["train"], history=3, seed=0)
+    test, _, readers, _ = evaluation_rows(splits["test"], history=3)
+    for data, rows, owner in ((clients.train, train, who), (clients.test, test, readers)):
+        assert len(set(data.count.tolist())) > 1
+        for i, user in enumerate(users):
+            own = slice(data.start[i], data.start[i] + data.count[i])
+            of_user = jax.tree.map(lambda x, kept=owner == user: x[kept], rows)
+            chex.assert_trees_all_equal(jax.tree.map(lambda x, own=own: x[own], data.inputs), of_user)
+
+
+def test_cut_impressions_are_told_and_long_rows_are_evaluated_a_few_at_a_time(folder):
+    whole = build_data(experiment(folder, "recommendation", "posts", partition="iid"))
+    assert whole.test.labels.shape[1] == 2
+    assert not whole.remarks
+    cut = build_data(experiment(folder, "recommendation", "posts", partition="iid", candidates=1))
+    assert cut.test.labels.shape[1] == 1
+    assert cut.remarks == ("9 of 9 impressions were cut to 1 candidates",)
+    assert whole.eval_batch == 256
+    long = build_data(experiment(folder, "recommendation", "posts", partition="iid", length=4000))
+    assert 1 <= long.eval_batch < 5
+    assert long.eval_batch * 4000 * 5 <= EVALUATED_TOKENS
+
+
+def test_models_that_compare_attention_have_equal_heads(folder):
+    config = experiment(folder, "classification", "ade_corpus_v2", partition="iid")
+    pretrained = dataclasses.replace(config, teacher=dataclasses.replace(SMALL, pretrained=True, heads=2))
+    other = dataclasses.replace(pretrained, student=dataclasses.replace(config.student, heads=8))
+    clients = build_data(config)
+    with pytest.raises(ConfigError, match=r"student\.heads is 8; allowed: the teacher's 4"):
+        build_algorithm(other, MethodConfig(), clients)
+    alone = dataclasses.replace(other, methods={"a": MethodConfig(hidden=False)})
+    build_algorithm(alone, alone.methods["a"], clients)
 
 
 @pytest.mark.parametrize("case", ["tagging", "recommendation"])
