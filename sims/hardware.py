@@ -1,14 +1,16 @@
 """What the hardware wants set before JAX starts; the programs call it, the library never does.
 
 On a CPU: one host device per core (clients are split over them), one OpenBLAS thread (several devices call LAPACK at once),
-and an allocator that keeps large freed buffers (a fresh one costs page faults, several times the arithmetic on it). What the
-user has set in the environment stays. The number of malloc's arenas is left alone: with MALLOC_ARENA_MAX=1 two devices wait
-for each other at every small matrix product, and a round of a small model takes twice as long.
+an allocator that keeps large freed buffers (a fresh one costs page faults, several times the arithmetic on it), and devices
+that wait for each other as long as it takes. What the user has set in the environment stays. The number of malloc's arenas is
+left alone: with MALLOC_ARENA_MAX=1 two devices wait for each other at every small matrix product, and a round of a small
+model takes twice as long.
 """
 
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -17,9 +19,28 @@ ENVIRONMENT = {
 }
 
 
+# XLA complains when a CPU device has waited 10 s for the others at a sum, and ends the process after 40 s: where one device has
+# a client of a large model more than the other, that is no failure
+PATIENCE = tuple(f"--xla_cpu_collective_call_{what}_timeout_seconds" for what in ("warn_stuck", "terminate"))
+
+
+def missing_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What `prepare_environment` adds to an environment.
+
+    >>> missing_variables({"XLA_FLAGS": f"--xla_a=1 {PATIENCE[0]}=9", "OPENBLAS_NUM_THREADS": "2"})["XLA_FLAGS"].split()[1:]
+    ['--xla_cpu_collective_call_warn_stuck_timeout_seconds=9', '--xla_cpu_collective_call_terminate_timeout_seconds=86400']
+    >>> missing_variables(missing_variables({}))
+    {}
+    """
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in environment}
+    flags = environment.get("XLA_FLAGS", "")
+    more = [f"{flag}=86400" for flag in PATIENCE if flag not in flags]
+    return missing | ({"XLA_FLAGS": " ".join([flags, *more]).strip()} if more else {})
+
+
 def prepare_environment() -> None:
     """Starts this program anew with the variables of `ENVIRONMENT` that are not set; call it before importing JAX."""
-    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    missing = missing_variables(os.environ)
     if missing:
         # the C library reads its variables when the process starts
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
