@@ -77,7 +77,8 @@ class DataConfig:
     alpha: float = 0.3  # of "dirichlet"
     shards_per_client: int = 2  # of "shards"
     min_examples: int = 8  # of "dirichlet"
-    # of each client's examples, or of what is dealt whole, where the data have no test split of their own
+    # of each client's examples, or of what is dealt whole; of "tagging" only where a corpus has no test split of its own, of
+    # "recommendation" only for `validation`
     test_fraction: float = 0.25
     validation: bool = False  # evaluate on a part of the training examples instead, to tune without seeing the test
     length: int = 64  # tokens of a text, characters of a piece
@@ -315,6 +316,13 @@ def validate(config: Experiment) -> None:
         check(own, "data.partition", data.partition, "'iid' or 'natural' for recommendation")
         user = "user" if data.partition == "natural" else None
         check(data.natural == user, "data.natural", data.natural, f"{user!r} for recommendation, {data.partition}")
+    if data.task == "tagging":
+        names = data.name.split("+")
+        check(len(set(names)) == len(names), "data.name", data.name, "different corpora")
+    if data.task == "characters":
+        check(data.name == "tiny_shakespeare", "data.name", data.name, "'tiny_shakespeare' for characters")
+        allowed = "null for characters, which no tokenizer makes"
+        check(config.checkpoint is None, "checkpoint", config.checkpoint, allowed)
     plain = DataConfig()
     for key, value in dataclasses.asdict(data).items():
         readers = _READERS.get(key, (data.task,))
@@ -489,7 +497,7 @@ def _tagging(config: Experiment) -> Clients:
 def _recommendation(config: Experiment) -> Clients:
     """The rows of both splits at random to `clients`, or every reader a client."""
     c = config.data
-    news = fd.load_news(c.name, data_dir=c.dir)
+    news, remarks = fd.load_news(c.name, data_dir=c.dir), []
 
     def deal(users: np.ndarray, readers: np.ndarray) -> tasks.Split:
         train, test = (tasks.subset(len(x), c.examples, c.seed) for x in (users, readers))
@@ -498,9 +506,14 @@ def _recommendation(config: Experiment) -> Clients:
         else:  # a reader who clicks nothing in training is no client
             known = np.unique(users[train])
             own, shown = (_rows_of(known, users[train]), _rows_of(known, readers[test]))
+            strange = len(test) - sum(map(len, shown))
+            if strange:
+                remarks.append(
+                    f"{strange:,} of {len(test):,} impressions are of readers without training rows and are not evaluated"
+                )
         return [train[ids] for ids in own], [test[ids] for ids in shown]
 
-    return tasks.recommendation(
+    clients = tasks.recommendation(
         news,
         deal,
         load_tokenizer(config),
@@ -512,6 +525,7 @@ def _recommendation(config: Experiment) -> Clients:
         abstracts=c.abstracts,
         validation=c.test_fraction if c.validation else 0,
     )
+    return dataclasses.replace(clients, remarks=(*clients.remarks, *remarks))
 
 
 def _rows_of(names: np.ndarray, who: np.ndarray) -> list[np.ndarray]:

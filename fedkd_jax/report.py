@@ -218,6 +218,7 @@ def accuracy_plot(
     path: str | os.PathLike | None = None,
     *,
     metric: str = "accuracy",
+    split: str = "test",
     title: str = "",
 ) -> Figure:
     """The metric against rounds and against megabytes sent per client: mean over seeds, a band of one standard deviation.
@@ -228,6 +229,7 @@ def accuracy_plot(
         runs: as in `table_rows`.
         path: where to save it, if anywhere.
         metric: which metric.
+        split: of which examples, for the axis.
         title: of the figure.
 
     Raises:
@@ -266,7 +268,7 @@ def accuracy_plot(
             if std is not None:
                 left.fill_between(rounds, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
             index += 1
-    left.set(xlabel="round", ylabel=f"test {metric} [%]")
+    left.set(xlabel="round", ylabel=f"{split} {metric} [%]")
     right.set(xlabel="megabytes sent and received per client")
     if len(right.lines) > len(silent):
         right.set_xscale("log")

@@ -54,6 +54,13 @@ def subset(n: int, examples: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(n)[:examples])
 
 
+def _cut(what: str, texts: Sequence[str] | np.ndarray, tokenizer: Tokenizer, length: int) -> tuple[str, ...]:
+    """A remark on how many texts have more than `length` tokens, if any."""
+    pad = tokenizer.token_to_id("[PAD]")
+    cut = np.count_nonzero(fd.cached_texts(list(texts), tokenizer, length + 1)[:, -1] != pad)
+    return (f"{cut:,} of {len(texts):,} {what} are cut to {length} tokens",) if cut else ()
+
+
 def classification(
     examples: fd.Examples, split: Split, tokenizer: Tokenizer | None = None, length: int = 64
 ) -> Clients:
@@ -76,6 +83,7 @@ def classification(
     if inputs.dtype == object:
         if tokenizer is None:
             raise ValueError("tokenizer is None; allowed: a tokenizer, as the examples are texts")
+        more["remarks"] = _cut("texts", inputs, tokenizer, length)
         inputs = fd.cached_texts(list(inputs), tokenizer, length)
         classes = len(examples.classes)
         more["model"] = lambda config: text_classifier(config, classes)
@@ -190,8 +198,7 @@ def recommendation(
     >>> from tokenizers.models import WordLevel
     >>> words = Tokenizer(WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "rain": 3}, "[PAD]"))
     >>> shown = fd.Impressions(user=np.array(["ann"]), history=np.array([1]), history_offset=np.array([0, 1]),
-    ...                        candidates=np.array([2, 1]), clicked=np.array([1, 0]), candidate_offset=np.array([0, 2]),
-    ...                        unknown=0)
+    ...                        candidates=np.array([2, 1]), clicked=np.array([1, 0]), candidate_offset=np.array([0, 2]))
     >>> text = ["", "rain", "rain"]
     >>> news = fd.News(ids=text, categories=text, subcategories=text, titles=text, abstracts=text,
     ...                splits={"train": shown, "test": shown})
@@ -204,7 +211,7 @@ def recommendation(
     tokens = fd.cached_texts(texts, tokenizer, length)
     if "train" not in news.splits:
         raise ValueError(f"news has the splits {', '.join(news.splits)}; allowed: train, and test or dev to evaluate")
-    train, remarks = news.splits["train"], []
+    train, remarks = news.splits["train"], [*_cut("news", texts[1:], tokenizer, length)]
     if validation:
         (learn,), (held_out,) = fd.train_test_split([np.arange(len(train))], validation, seed)
         train, test = train.take(learn), train.take(held_out)
@@ -218,6 +225,17 @@ def recommendation(
         test = news.splits[split]
         if split != "test":
             remarks.append(f"evaluated on {split}, as test has no labels")
+    for name, shown in (("training", train), ("evaluated", test)):
+        if shown.unknown:
+            entries = len(shown.history) + len(shown.candidates)
+            remarks.append(
+                f"{shown.unknown:,} of {entries:,} news read or shown in {name} impressions are in no news.tsv: without text"
+            )
+    known = _known_clicks(train, test)
+    if known:
+        remarks.append(
+            f"{known:,} of {len(test):,} evaluated impressions have a click that the same reader's training histories hold"
+        )
     inputs, labels, users = fd.training_rows(train, history=history, negatives=negatives, seed=seed)
     shown, clicked, readers, cut = fd.evaluation_rows(test, history=history, candidates=candidates)
     if cut.any():
@@ -235,6 +253,17 @@ def recommendation(
         model=lambda config: recommender(config, tokens),
         remarks=tuple(remarks),
     )
+
+
+def _known_clicks(train: fd.Impressions, test: fd.Impressions) -> int:
+    """In how many test impressions a news is clicked that stands in a history of the same reader in training."""
+    _, who = np.unique(np.concatenate([train.user, test.user]), return_inverse=True)
+    catalogue = 1 + max(int(x.max(initial=0)) for x in (train.history, test.candidates))
+    read = np.repeat(who[: len(train)], np.diff(train.history_offset)) * catalogue + train.history
+    row = np.repeat(np.arange(len(test)), np.diff(test.candidate_offset))
+    clicks = (test.clicked == 1) & (test.candidates > 0)
+    row, clicked = row[clicks], test.candidates[clicks]
+    return len(np.unique(row[np.isin(who[len(train) :][row] * catalogue + clicked, read)]))
 
 
 def next_character(

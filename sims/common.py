@@ -200,6 +200,15 @@ def run_method(
     return state, history, report.records(history, counts, size, of_clients=of_clients)
 
 
+def held_out(config: Experiment) -> str:
+    """What is evaluated.
+
+    >>> held_out(Experiment())
+    'test'
+    """
+    return "validation" if config.data.validation else "test"
+
+
 def make_table(rows: list[dict[str, str]], title: str) -> Table:
     """Rows as a table.
 

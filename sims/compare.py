@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
     scores = clients.scores
     rows = report.table_rows(runs, baseline_of(config), scores)
-    held_out = "validation" if config.data.validation else "test"
+    held_out = common.held_out(config)
     title = f"{config.name}: {held_out} {scores[-1]} after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
     common.console.print("", common.make_table(rows, title))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         each = report.client_rows(runs, scores[-1], clients.names)
         common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))
         (folder / "clients.md").write_text(report.markdown(each) + "\n")
-    report.accuracy_plot(runs, folder / f"{scores[-1]}.png", metric=scores[-1], title=config.name)
+    report.accuracy_plot(runs, folder / f"{scores[-1]}.png", metric=scores[-1], split=held_out, title=config.name)
     common.console.print(f"{time.perf_counter() - start:.0f} s; table, figure, results and config: {folder}")
     return folder
 

@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
         _, _, records = common.run_method(config, algorithm, clients, config.seeds[0], name, progress, on_record)
 
-    rows = report.table_rows({name: [records]}, None, clients.scores)
-    common.console.print("", common.make_table(rows, f"{config.name}, {config.rounds} rounds"))
+    rows, held_out = report.table_rows({name: [records]}, None, clients.scores), common.held_out(config)
+    common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     main = clients.scores[-1]
-    report.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, title=config.name)
+    report.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")
     return folder
 

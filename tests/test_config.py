@@ -64,10 +64,11 @@ IMPOSSIBLE = {
     "{data: {task: recommendation, partition: iid, natural: user}}": ("data.natural", "None for recommendation, iid"),
     "student_optimizer: {schedule: step}": ("student_optimizer.schedule", "'linear'"),
     "teacher_optimizer: {warmup: 1}": ("teacher_optimizer.warmup", "1 excluded"),
-    "{data: {task: characters}, teacher: {kind: transformer, positions: 9}, student: {kind: transformer}}": (
-        "teacher.positions",
-        "at least data.length, 64",
-    ),
+    "{data: {task: characters, name: tiny_shakespeare}, teacher: {kind: transformer, positions: 9}, "
+    "student: {kind: transformer}}": ("teacher.positions", "at least data.length, 64"),
+    "data: {task: characters, name: hamlet}": ("data.name", "'tiny_shakespeare'"),
+    "{data: {task: characters, name: tiny_shakespeare}, checkpoint: minilm}": ("checkpoint", "null for characters"),
+    "data: {task: tagging, name: bc5cdr+bc5cdr}": ("data.name", "different corpora"),
     "data: {test_fraction: 1.0}": ("data.test_fraction", "between 0 and 1"),
     "methods: {a: {t_start: 1.01}}": ("methods.a.t_start", "(0, 1]"),
     "methods: {a: {t_end: 0}}": ("methods.a.t_end", "(0, 1]"),

@@ -161,11 +161,31 @@ def test_folders_are_found_by_name_and_a_missing_file_is_an_error(tmp_path, cach
     monkeypatch.setenv("FEDKD_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("FEDKD_CACHE_DIR", str(cache))
     assert load_news("tiny").titles == ["", "One"]
-    with pytest.raises(FileNotFoundError, match=r"no folder train, dev or test in .*nowhere.*FEDKD_DATA_DIR"):
+    with pytest.raises(FileNotFoundError, match=r"no folder train, dev or test .*nowhere.*FEDKD_DATA_DIR"):
         load_news("nowhere")
     (folder / "train" / "behaviors.tsv").unlink()
     with pytest.raises(FileNotFoundError, match=r"no train/behaviors.tsv in .*tiny"):
         load_news("tiny")
+
+
+def test_folders_may_have_the_names_that_mind_gives_them(tmp_path, cache):
+    plain = load_news(write(tmp_path / "plain", TINY | {"dev": TINY["train"]}), cache_dir=cache)
+    named = {"MINDsmall_train": TINY["train"], "MINDsmall_dev": TINY["train"]}
+    news = load_news(write(tmp_path / "named", named), cache_dir=cache)
+    assert news.ids == plain.ids
+    assert list(news.splits) == list(plain.splits) == ["train", "test"]
+    write(tmp_path / "named", {"MINDlarge_train": TINY["train"]})
+    with pytest.raises(ValueError, match=r"has the folders MINDlarge_train, MINDsmall_train; allowed: train, or one"):
+        load_news(tmp_path / "named", cache_dir=cache)
+
+
+def test_a_byte_order_mark_and_blanks_around_an_id_are_no_part_of_it(tmp_path, cache):
+    folder = write(tmp_path / "set", TINY)
+    path = folder / "train" / "news.tsv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"N1\t", b"N1 \t"))
+    news = load_news(folder, cache_dir=cache)
+    assert news.ids == ["", "N1"]
+    assert news.splits["train"].unknown == 1  # N2
 
 
 def test_the_same_files_under_another_split_are_another_set(tmp_path, cache):
@@ -201,7 +221,6 @@ def impressions_of(drawn):
         candidates=flat(index[1::2], np.int32),
         clicked=flat(labels, np.int8),
         candidate_offset=offset(labels),
-        unknown=0,
     )
 
 

@@ -1,4 +1,4 @@
-"""The programs as a user runs them: every config file does two rounds, errors are one line, nothing is overwritten."""
+"""The programs as a user runs them: config files do two rounds, errors are one line, nothing is overwritten."""
 
 import json
 import os

@@ -30,7 +30,7 @@ from fedkd_jax.config import (
 )
 from fedkd_jax.data import encode_texts, evaluation_rows, federate, load, load_news, training_rows
 from fedkd_jax.data.corpus_builders import TaggedWords
-from fedkd_jax.models import TransformerConfig, recommender
+from fedkd_jax.models import TransformerConfig, load_bert, recommender
 from fedkd_jax.models.transformer import HIDDEN
 from fedkd_jax.tasks import EVALUATED_TOKENS, Clients, recommendation, subset
 
@@ -57,21 +57,25 @@ def folder(tmp_path, monkeypatch):
     lines = [relation.format(i=i, word=unique[i], a=2, b=6, c=13, d=20) for i in range(12)]
     (ade / "DRUG-AE.rel").write_text("\n".join(lines) + "\n")
     (ade / "ADE-NEG.txt").write_text("".join(f"{i} NEG no {unique[i]} today\n" for i in range(12)))
-    for part in ("train", "dev", "test"):
-        (reviews / "all" / f"{part}.txt").write_text("a\tO\nrash\tB-ADR\n\nno\tO\nnews\tO\n\n" * 3)
-    for part in ("train", "devel", "test"):
-        (cdr / f"{part}.tsv").write_text("Lithium\tB-Chemical\nand\tO\nrash\tB-Disease\n\n" * 4)
-    for part in ("train", "test"):
+    for part, own in (("train", "a"), ("dev", "today"), ("test", "rain")):
+        lines = f"{own}\tO\nrash\tB-ADR\n\nno\tO\n{own}\tO\n\n" * 3
+        (reviews / "all" / f"{part}.txt").write_text(lines)
+    for part, own in (("train", "a"), ("devel", "today"), ("test", "rain")):
+        (cdr / f"{part}.tsv").write_text(f"Lithium\tB-Chemical\n{own}\tO\nrash\tB-Disease\n\n" * 4)
+    for part, shift in (("train", 2), ("test", 3)):
         where = tmp_path / "posts" / part
         where.mkdir(parents=True)
         news = [f"N{i}\tx\ty\t{' '.join(WORDS[4 + (i + j) % 9] for j in range(3))}\n" for i in range(9)]
         (where / "news.tsv").write_text("".join(news))
         user = lambda i, part=part: "U9" if part == "test" and i == 4 else f"U{min(i % 5, 2)}"  # noqa: E731
-        rows = [f"{i}\t{user(i)}\tnow\tN{i % 9} N{(i + 1) % 9}\tN{(i + 2) % 9}-1 N{(i + 4) % 9}-0\n" for i in range(9)]
+        shown = lambda i, shift=shift: f"N{(i + shift) % 9}-1 N{(i + shift + 2) % 9}-0"  # noqa: E731
+        rows = [f"{i}\t{user(i)}\tnow\tN{i} N{(i + 1) % 9}\t{shown(i)}\n" for i in range(9)]
         (where / "behaviors.tsv").write_text("".join(rows))
     shakespeare = tmp_path / "tiny_shakespeare"
     shakespeare.mkdir()
-    (shakespeare / "input.txt").write_text("All:\nSpeak, speak.\n\nFirst Citizen:\nYou are all resolved.\n\n" * 3)
+    rng = np.random.default_rng(0)
+    speeches = [f"{who}:\n{''.join(rng.choice(list('abcdef'), 40))}\n\n" for who in ("All", "First Citizen") * 3]
+    (shakespeare / "input.txt").write_text("".join(speeches))
     return tmp_path
 
 
@@ -83,7 +87,7 @@ def experiment(folder, task, name, **data):
         usual["history"] = 3
     data = DataConfig(task=task, name=name, dir=str(folder), **{**usual, **data})
     student = dataclasses.replace(SMALL, depth=1)
-    checkpoint = str(folder / "bert")
+    checkpoint = None if task == "characters" else str(folder / "bert")
     return Experiment(batch=4, data=data, teacher=SMALL, student=student, checkpoint=checkpoint, rounds=2)
 
 
@@ -116,13 +120,40 @@ def test_every_task_gives_clients_with_examples_and_a_model(folder, case, valida
             assert logits.shape == clients.test.labels[:2].shape
         else:
             assert logits.shape[:-1] == clients.test.labels[:2].shape
-    if validation and task != "tagging":  # which has a split of its own
+    if validation:  # none of the test is trained on or evaluated
         whole = build_data(dataclasses.replace(config, data=dataclasses.replace(config.data, validation=False)))
-        assert int(clients.train.count.sum()) < int(whole.train.count.sum())
-        if task == "classification":  # every text is its own: none of the test is trained on or evaluated
-            texts = lambda data: {tuple(row) for row in data.inputs.tolist()}  # noqa: E731
-            seen = [texts(data) for data in (clients.train, clients.test, whole.test)]
-            assert sum(map(len, seen)) == len(set().union(*seen))
+        if task != "tagging":  # some corpora have a validation split of their own
+            assert int(clients.train.count.sum()) < int(whole.train.count.sum())
+        seen = [_rows(data) for data in (clients.train, clients.test, whole.test)]
+        assert all(seen)
+        assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+def _rows(data):
+    """What is asked of each example, as a set."""
+    leaves = [x.reshape(len(x), -1).tolist() for x in jax.tree.leaves(data.inputs)]
+    return {tuple(map(tuple, row)) for row in zip(*leaves, strict=True)}
+
+
+@pytest.mark.parametrize("case", ["detection", "tagging", "recommendation"])
+def test_pretrained_embeddings_are_held_once_and_never_sent(folder, case):
+    task, name, options, size, _ = TASKS[case]
+    config = experiment(folder, task, name, **options)
+    pretrained = {
+        model: ModelConfig(kind="transformer", depth=depth) for model, depth in (("teacher", 3), ("student", 1))
+    }
+    config = dataclasses.replace(config, **pretrained)
+    clients = build_data(config)
+    _, weights = load_bert(folder / "bert")
+    for algorithm, owner in (("fedkd", "teacher"), ("fedavg", "model")):
+        algorithm = build_algorithm(config, MethodConfig(algorithm=algorithm), clients)
+        state = jax.eval_shape(lambda algorithm=algorithm: init_state(algorithm, size, KEY))
+        moving = [x.shape for x in jax.tree.leaves((state.server.params, state.clients))]
+        assert moving
+        assert not [shape for shape in moving if len(weights["embeddings"]["word"]["embedding"]) in shape]
+        assert list(state.server.frozen) == [owner]
+        own = state.server.frozen[owner]["embeddings"]
+        chex.assert_trees_all_equal_shapes_and_dtypes(own, jax.tree.map(jnp.asarray, weights["embeddings"]))
 
 
 def test_a_corpus_is_a_client_with_tags_of_its_own(folder):
@@ -212,14 +243,37 @@ def test_a_reader_of_the_training_rows_is_a_client_with_his_test_rows(folder):
 def test_cut_impressions_are_told_and_long_rows_are_evaluated_a_few_at_a_time(folder):
     whole = build_data(experiment(folder, "recommendation", "posts", partition="iid"))
     assert whole.test.labels.shape[1] == 2
-    assert not whole.remarks
     cut = build_data(experiment(folder, "recommendation", "posts", partition="iid", candidates=1))
     assert cut.test.labels.shape[1] == 1
-    assert cut.remarks == ("9 of 9 impressions were cut to 1 candidates",)
+    assert "9 of 9 impressions were cut to 1 candidates" in cut.remarks
+    assert not [remark for remark in whole.remarks if "candidates" in remark]
     assert whole.eval_batch == 256
     long = build_data(experiment(folder, "recommendation", "posts", partition="iid", length=4000))
     assert 1 <= long.eval_batch < 5
     assert long.eval_batch * 4000 * 5 <= EVALUATED_TOKENS
+
+
+def test_what_a_reader_of_the_results_has_to_know_is_told(folder):
+    detection = experiment(folder, "classification", "ade_corpus_v2", partition="iid", length=8)
+    assert build_data(detection).remarks == ("12 of 24 texts are cut to 8 tokens",)  # all that are positive
+    task, name, options, *_ = TASKS["readers"]
+    readers = build_data(experiment(folder, task, name, **options)).remarks
+    splits = load_news(name, data_dir=folder).splits
+    learned = {}
+    for i, user in enumerate(splits["train"].user):
+        learned.setdefault(user, set()).update(splits["train"].history[2 * i : 2 * i + 2].tolist())
+    clicked = splits["test"].candidates[::2].tolist()
+    known = sum(news in learned.get(user, ()) for user, news in zip(splits["test"].user, clicked, strict=True))
+    assert 0 < known < 9
+    assert readers == (
+        f"{known} of 9 evaluated impressions have a click that the same reader's training histories hold",
+        "1 of 9 impressions are of readers without training rows and are not evaluated",
+    )
+    behaviors = folder / "posts" / "test" / "behaviors.tsv"
+    behaviors.write_text(behaviors.read_text().replace("N0", "N99"))
+    missing = build_data(experiment(folder, task, "posts", partition="iid")).remarks
+    assert missing[0].endswith("of 36 news read or shown in evaluated impressions are in no news.tsv: without text")
+    assert int(missing[0].split(" ")[0]) == behaviors.read_text().count("N99")
 
 
 def test_models_that_compare_attention_have_equal_heads(folder):

@@ -258,19 +258,43 @@ def test_a_missing_or_misshapen_tensor_is_named(name, value, match, tmp_path):
         load_bert(tmp_path)
 
 
+def test_what_an_old_config_leaves_out_has_the_usual_value(tmp_path):
+    write_checkpoint(tmp_path)
+    whole = load_bert(tmp_path)[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("model_type", "type_vocab_size", "layer_norm_eps", "hidden_act", "pad_token_id"):
+        config.pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_bert(tmp_path)[0] == whole
+
+
 def test_what_is_no_bert_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"without config\.json"):
         load_bert(tmp_path)
     write_checkpoint(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, match in [
-        ({"model_type": "gpt2"}, "is of a 'gpt2'"),
-        ({"hidden_act": "swish"}, "activation 'swish'; allowed: 'absolute', and gelu"),
-        ({"position_embedding_type": "relative_key"}, "has 'relative_key' positions"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2' in .*; allowed: 'bert'"),
+        ({"hidden_act": "swish"}, "hidden_act is 'swish' in .*; allowed: 'gelu'"),
+        ({"position_embedding_type": "relative_key"}, "is 'relative_key' in .*; allowed: 'absolute'"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=match):
             load_bert(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "hidden_size"}))
+    with pytest.raises(
+        ValueError, match=r"config\.json has no hidden_size; allowed: a BERT's, with all of vocab_size, "
+    ):
+        load_bert(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*; is it whole, or the pointer"):
+        load_bert(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"without model\.safetensors, but with model\.safetensors\.index\.json"
+    ):
+        load_bert(tmp_path)
     for bad, match in [
         (dict(width=10, heads=3), "heads is 3; allowed: a divisor of width, 10"),
         (dict(layers=0), "layers is 0; allowed: at least 1"),

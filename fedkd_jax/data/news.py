@@ -28,9 +28,9 @@ class Impressions:
 
     >>> impressions = Impressions(user=np.array(["ann"]), history=np.array([5, 2]), history_offset=np.array([0, 2]),
     ...                           candidates=np.array([3, 4, 1]), clicked=np.array([0, 1, 0]),
-    ...                           candidate_offset=np.array([0, 3]), unknown=0)
-    >>> len(impressions)
-    1
+    ...                           candidate_offset=np.array([0, 3]))
+    >>> len(impressions), impressions.unknown
+    (1, 0)
     """
 
     user: np.ndarray  # [n] str
@@ -39,13 +39,17 @@ class Impressions:
     candidates: np.ndarray  # [sum of lengths] int32
     clicked: np.ndarray  # [sum of lengths] int8: 1, 0, or -1 where the file has no labels
     candidate_offset: np.ndarray  # [n + 1] int64
-    unknown: int  # how many entries of history and candidates are not in the catalogue
 
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def unknown(self) -> int:
+        """How many entries of history and candidates are not in the catalogue."""
+        return int((self.history == 0).sum() + (self.candidates == 0).sum())
+
     def take(self, ids: np.ndarray) -> "Impressions":
-        """The impressions of these numbers; `unknown` stays that of all."""
+        """The impressions of these numbers."""
 
         def rows(offset):
             length = np.diff(offset)[ids]
@@ -90,6 +94,8 @@ def load_news(
 ) -> News:
     """Read news.tsv and behaviors.tsv of the folders train/, dev/ and test/, whichever there are, into one catalogue.
 
+    As MIND comes they may also be called MINDsmall_train/ and so on: one folder in *_train for train.
+
     Args:
       name_or_folder: the folder that holds them, or its name within data_dir.
       data_dir: default `$FEDKD_DATA_DIR`.
@@ -102,7 +108,7 @@ def load_news(
 
     Raises:
       FileNotFoundError: there is no such folder, or a file is missing in it.
-      ValueError: a line is malformed, see `read_news` and `read_behaviors`.
+      ValueError: a line is malformed, see `read_news` and `read_behaviors`; or several folders are in *_train.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +122,14 @@ def load_news(
     """
     folder, splits = _find(name_or_folder, data_dir)
     table, behaviors = (
-        prepare_local(f"news-{'-'.join(splits)}", _files(splits, kind), _builder(), folder, cache_dir, config=kind)
+        prepare_local(
+            f"news-{'-'.join(splits)}",
+            [f"{where.name}/{kind}.tsv" for where in splits.values()],
+            _builder(),
+            folder,
+            cache_dir,
+            config=kind,
+        )
         for kind in COLUMNS
     )
     columns, index = _catalogue(table, splits)
@@ -127,23 +140,33 @@ def load_news(
 
 
 def _find(name_or_folder, data_dir):
-    """The folder, and which of SPLITS are in it."""
+    """The folder, and the folders in it by split."""
     data_dir = data_dir or os.environ.get("FEDKD_DATA_DIR")
     name = pathlib.Path(name_or_folder).expanduser()
     tried = [*([pathlib.Path(data_dir).expanduser() / name] if data_dir else []), name]
     for folder in tried:
-        splits = [split for split in SPLITS if (folder / split).is_dir()]
+        splits = _splits_in(folder)
         if splits:
             return folder, splits
     where = " or ".join(map(str, dict.fromkeys(tried)))
     raise FileNotFoundError(
-        f"load_news found no folder train, dev or test in {where}; pass the folder that holds them, or set FEDKD_DATA_DIR "
-        "to where it lies"
+        f"load_news found no folder train, dev or test (nor one in *_train, *_dev, *_test) in {where}; pass the folder that "
+        "holds them, or set FEDKD_DATA_DIR to where it lies"
     )
 
 
-def _files(splits, kind):
-    return [f"{split}/{kind}.tsv" for split in splits]
+def _splits_in(folder):
+    """{split: its folder}, whichever there are."""
+    found = {}
+    for split in SPLITS:
+        named = [where for where in sorted(folder.glob(f"*_{split}")) if where.is_dir()]
+        own = [folder / split] if (folder / split).is_dir() else named
+        if len(own) > 1:
+            names = ", ".join(where.name for where in own)
+            raise ValueError(f"{folder} has the folders {names}; allowed: {split}, or one folder in *_{split}")
+        if own:
+            found[split] = own[0]
+    return found
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -215,13 +238,15 @@ def _lines(path, least, most):
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             try:
-                cells = line.decode().rstrip("\r\n").split("\t")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: is not UTF-8, {error}") from error
+            cells = text.rstrip("\r\n").split("\t")
             if not least <= len(cells) <= most:
                 allowed = least if least == most else f"{least} to {most}"
                 raise ValueError(f"{where}: has {len(cells)} columns between tabs; allowed: {allowed}")
-            if not cells[0].strip():
+            cells[0] = cells[0].strip()
+            if not cells[0]:
                 raise ValueError(f"{where}: has no id")
             yield where, cells
     if where is None:
@@ -235,7 +260,7 @@ def _builder():
     class NewsTsv(tfds.core.GeneratorBasedBuilder):
         """The two tables of news recommendation, from news.tsv and behaviors.tsv below `manual_dir`."""
 
-        VERSION = tfds.core.Version("1.0.0")
+        VERSION = tfds.core.Version("1.0.1")
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=kind) for kind in COLUMNS]  # noqa: RUF012
         MANUAL_DOWNLOAD_INSTRUCTIONS = "Put news.tsv and behaviors.tsv into train/, dev/ or test/ of manual_dir."
 
@@ -247,7 +272,7 @@ def _builder():
 
         def _split_generators(self, dl_manager):
             folder, kind = pathlib.Path(dl_manager.manual_dir), self.builder_config.name
-            files = {split: folder / split / f"{kind}.tsv" for split in SPLITS}
+            files = {split: where / f"{kind}.tsv" for split, where in _splits_in(folder).items()}
             return {split: self._generate_examples(file) for split, file in files.items() if file.exists()}
 
         def _generate_examples(self, path):
@@ -291,7 +316,6 @@ def _impressions(builder, split, index):
         candidates=candidates,
         clicked=np.where(labels == ord("-"), np.int8(-1), labels - np.int8(ord("0"))),
         candidate_offset=np.append(0, np.cumsum(offered)),
-        unknown=int((history == 0).sum() + (candidates == 0).sum()),
     )
 
 
@@ -327,7 +351,7 @@ def training_rows(
 
     >>> impressions = Impressions(user=np.array(["ann"]), history=np.array([5, 2]), history_offset=np.array([0, 2]),
     ...                           candidates=np.array([3, 4]), clicked=np.array([0, 1]),
-    ...                           candidate_offset=np.array([0, 2]), unknown=0)
+    ...                           candidate_offset=np.array([0, 2]))
     >>> inputs, labels, users = training_rows(impressions, history=3, negatives=2, seed=0)
     >>> inputs["history"].tolist(), inputs["candidates"].tolist(), labels.tolist()
     ([[5, 2, 0]], [[4, 3, -1]], [0])
@@ -381,7 +405,7 @@ def evaluation_rows(
 
     >>> impressions = Impressions(user=np.array(["ann"]), history=np.array([5, 2]), history_offset=np.array([0, 2]),
     ...                           candidates=np.array([3, 4, 1]), clicked=np.array([0, 0, 1]),
-    ...                           candidate_offset=np.array([0, 3]), unknown=0)
+    ...                           candidate_offset=np.array([0, 3]))
     >>> inputs, labels, users, cut = evaluation_rows(impressions, history=3, candidates=2)
     >>> inputs["history"].tolist(), inputs["candidates"].tolist(), labels.tolist(), cut.tolist()
     ([[5, 2, 0]], [[3, 1]], [[0, 1]], [1])

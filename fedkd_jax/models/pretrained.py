@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fedkd_jax.models.transformer import ACTIVATIONS, TransformerConfig
 from fedkd_jax.types import Model, Params
@@ -39,6 +39,15 @@ FIELDS = {
     "epsilon": "layer_norm_eps",
     "activation": "hidden_act",
     "pad": "pad_token_id",
+}
+# what older config.json leave out has Hugging Face's default
+DEFAULTS = {
+    "model_type": "bert",
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+    "position_embedding_type": "absolute",
 }
 
 
@@ -70,19 +79,30 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a BERT, or a tensor that is missing or of another shape than config.json says, by name.
+        ValueError: not a BERT, a damaged file, or a tensor that is missing or of another shape than config.json says, by name.
 
     >>> try: load_bert("nowhere")
     ... except FileNotFoundError as error: print(error)
-    folder is 'nowhere', without config.json; allowed: a checkpoint's folder
+    folder is 'nowhere', without config.json; allowed: a checkpoint's folder, its weights in one model.safetensors
     """
     folder = pathlib.Path(folder)
     path = folder / "model.safetensors"
     for file in (folder / "config.json", path):
         if not file.exists():
-            raise FileNotFoundError(f"folder is {str(folder)!r}, without {file.name}; allowed: a checkpoint's folder")
+            other = [
+                f.name for f in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin") if f.exists()
+            ]
+            but = f", but with {' and '.join(other)}" if other and file == path else ""
+            raise FileNotFoundError(
+                f"folder is {str(folder)!r}, without {file.name}{but}; allowed: a checkpoint's folder, its weights in one "
+                "model.safetensors"
+            )
     config = _config(folder / "config.json")
-    with safe_open(path, framework="numpy") as tensors:
+    try:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); is it whole, or the pointer of a large file?") from error
+    with opened as tensors:
         names = set(tensors.keys())
         anchor = "embeddings.word_embeddings.weight"
         prefix = next((name.removesuffix(anchor) for name in sorted(names) if name.endswith(anchor)), "")
@@ -126,18 +146,19 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
 
 
 def _config(path: pathlib.Path) -> TransformerConfig:
-    raw = json.loads(path.read_text())
+    raw = DEFAULTS | json.loads(path.read_text())
     missing = [theirs for theirs in FIELDS.values() if theirs not in raw]
-    if raw.get("model_type") != "bert" or missing:
+    if missing:
         raise ValueError(
-            f"{path} is of a {raw.get('model_type')!r} without {missing}; allowed: model_type 'bert' with all of "
-            + ", ".join(FIELDS.values())
+            f"{path} has no {', '.join(missing)}; allowed: a BERT's, with all of {', '.join(FIELDS.values())}"
         )
-    if raw.get("position_embedding_type", "absolute") != "absolute" or raw["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(
-            f"{path} has {raw.get('position_embedding_type')!r} positions and activation {raw['hidden_act']!r}; "
-            f"allowed: 'absolute', and {', '.join(ACTIVATIONS)}"
-        )
+    for key, allowed in (
+        ("model_type", ("bert",)),
+        ("position_embedding_type", ("absolute",)),
+        ("hidden_act", ACTIVATIONS),
+    ):
+        if raw[key] not in allowed:
+            raise ValueError(f"{key} is {raw[key]!r} in {path}; allowed: {', '.join(map(repr, allowed))}")
     return TransformerConfig(**{ours: raw[theirs] for ours, theirs in FIELDS.items()})
 
 

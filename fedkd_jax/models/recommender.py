@@ -53,6 +53,8 @@ class Recommender(Transformer):
 def recommender(config: TransformerConfig, news: np.ndarray) -> Model:
     """A `Model` that scores candidate news for a reader, see `Recommender`.
 
+    The table is no weight: train it as `freeze(recommender(config, news), is_table)`, or with embeddings frozen, `is_fixed`.
+
     Args:
         config: of the news encoder.
         news: `[m, L]` int32, the tokens of every news; row 0 stands for no news.
