@@ -225,7 +225,7 @@ def recommendation(
         test = news.splits[split]
         if split != "test":
             remarks.append(f"evaluated on {split}, as test has no labels")
-    for name, shown in (("training", train), ("evaluated", test)):
+    for name, shown in (("training", train), ("held-out", test)):
         if shown.unknown:
             entries = len(shown.history) + len(shown.candidates)
             remarks.append(
@@ -234,7 +234,7 @@ def recommendation(
     known = _known_clicks(train, test)
     if known:
         remarks.append(
-            f"{known:,} of {len(test):,} evaluated impressions have a click that the same reader's training histories hold"
+            f"{known:,} of {len(test):,} held-out impressions have a click that the same reader's training histories hold"
         )
     inputs, labels, users = fd.training_rows(train, history=history, negatives=negatives, seed=seed)
     shown, clicked, readers, cut = fd.evaluation_rows(test, history=history, candidates=candidates)

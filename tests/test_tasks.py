@@ -266,13 +266,13 @@ def test_what_a_reader_of_the_results_has_to_know_is_told(folder):
     known = sum(news in learned.get(user, ()) for user, news in zip(splits["test"].user, clicked, strict=True))
     assert 0 < known < 9
     assert readers == (
-        f"{known} of 9 evaluated impressions have a click that the same reader's training histories hold",
+        f"{known} of 9 held-out impressions have a click that the same reader's training histories hold",
         "1 of 9 impressions are of readers without training rows and are not evaluated",
     )
     behaviors = folder / "posts" / "test" / "behaviors.tsv"
     behaviors.write_text(behaviors.read_text().replace("N0", "N99"))
     missing = build_data(experiment(folder, task, "posts", partition="iid")).remarks
-    assert missing[0].endswith("of 36 news read or shown in evaluated impressions are in no news.tsv: without text")
+    assert missing[0].endswith("of 36 news read or shown in held-out impressions are in no news.tsv: without text")
     assert int(missing[0].split(" ")[0]) == behaviors.read_text().count("N99")
 
 
