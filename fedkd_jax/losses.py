@@ -203,8 +203,8 @@ def mutual_distillation(
     The teacher's gradient is d teacher_total / d teacher parameters, the student's d student_total / d student parameters
     (Algorithm 1); the reference code sums both totals into one loss, so that each also moves the other model. The weight w
     is part of the formula and is differentiated, unless `stop_weight_gradient`. That takes from the task loss:
-    d teacher_total / d L_t = 1 - w (D_t + Hid), and the same with D_s for the student, so that a batch with
-    D_t + Hid > L_t + L_s makes its own task loss grow. Where L_t + L_s is exactly 0 (a batch that is masked whole), w is 1.
+    d teacher_total / d L_t = 1 - w (D_t + Hid), negative where D_t + Hid > L_t + L_s, and the same with D_s for the
+    student. Where L_t + L_s is exactly 0 (a batch that is masked whole), w is 1.
 
     Args:
         teacher, student: outputs on the same batch, logits `[B, ..., C]`.

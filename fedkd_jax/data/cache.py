@@ -17,7 +17,7 @@ Folder = str | os.PathLike | None
 def cache_folder(cache_dir: Folder = None) -> pathlib.Path:
     """cache_dir, else `$FEDKD_CACHE_DIR`, else `~/.cache/fedkd_jax`.
 
-    >>> cache_folder("/tmp/mine").name
+    >>> cache_folder("mine").name
     'mine'
     """
     return pathlib.Path(cache_dir or os.environ.get("FEDKD_CACHE_DIR") or "~/.cache/fedkd_jax").expanduser()
