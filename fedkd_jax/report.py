@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedkd_jax.metrics import client_mean
 from fedkd_jax.types import History, Number
@@ -268,11 +268,14 @@ def accuracy_plot(
             if std is not None:
                 left.fill_between(rounds, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
             index += 1
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.set(xlabel="round", ylabel=f"{split} {metric} [%]")
     right.set(xlabel="megabytes sent and received per client")
     if len(right.lines) > len(silent):
         right.set_xscale("log")
-        right.xaxis.set_major_formatter(ScalarFormatter())
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # or a range below a decade may show no number at all
+        right.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        right.xaxis.set_minor_formatter(NullFormatter())
     if silent:
         right.set_title(f"nothing sent (horizontal lines): {', '.join(silent)}", fontsize=8)
     left.legend(fontsize=8)
@@ -290,10 +293,13 @@ def partition_plot(
     clients: Sequence[np.ndarray],
     class_names: Sequence[str],
     path_or_ax: str | pathlib.Path | Axes | None = None,
+    *,
+    unit: str = "examples",
+    client_names: Sequence[str] | None = None,
 ) -> Figure:
     """Plot who holds what.
 
-    Up to 60 clients and 20 classes: one bar per client, stacked by class, in examples. Beyond: an image of the share
+    Up to 60 clients and 20 classes: one bar per client, stacked by class. Beyond: an image of the share
     each class has in a client, clients sorted by their most frequent class and its share. Uses no pyplot state.
 
     Args:
@@ -301,6 +307,8 @@ def partition_plot(
       clients: N int index arrays.
       class_names: C names.
       path_or_ax: a file to write (its suffix gives the format), axes to draw on, or None.
+      unit: what is counted, in the plural.
+      client_names: N names for up to 30 clients, otherwise they are numbered.
 
     Returns:
       The figure.
@@ -317,8 +325,13 @@ def partition_plot(
     else:
         height = 1.6 + 0.2 * max(n_clients, n_classes) if bars else 1.8 + 0.28 * min(n_classes, 40)
         ax = Figure(figsize=(8, max(height, 2.5)), layout="constrained").add_subplot()
-    (_draw_bars if bars else _draw_shares)(ax, counts, class_names)
-    ax.set_title(f"Who holds what: {counts.sum():,} examples, {n_classes} classes, {n_clients:,} clients")
+    if bars:
+        _draw_bars(ax, counts, class_names, unit)
+        each = n_clients <= 30
+        ax.set_yticks(range(0, n_clients, 1 if each else 5), client_names if each else None)
+    else:
+        _draw_shares(ax, counts, class_names, unit)
+    ax.set_title(f"Who holds what: {counts.sum():,} {unit}, {n_classes} classes, {n_clients:,} clients")
     figure = ax.get_figure(root=True)
     assert figure is not None
     if isinstance(path_or_ax, str | pathlib.Path):
@@ -326,18 +339,17 @@ def partition_plot(
     return figure
 
 
-def _draw_bars(ax, counts, class_names):
+def _draw_bars(ax, counts, class_names, unit):
     colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
     left = np.zeros(len(counts), int)
     for c, name in enumerate(class_names):
         ax.barh(np.arange(len(counts)), counts[:, c], left=left, height=0.85, color=colors(c), label=name)
         left += counts[:, c]
-    ax.set(xlabel="examples", ylabel="client", ylim=(len(counts) - 0.5, -0.5))
-    ax.set_yticks(np.arange(0, len(counts), 1 if len(counts) <= 30 else 5))
+    ax.set(xlabel=unit, ylabel="client", ylim=(len(counts) - 0.5, -0.5))
     ax.legend(title="class", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
-def _draw_shares(ax, counts, class_names):
+def _draw_shares(ax, counts, class_names, unit):
     empty = counts.sum(1) == 0
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     share = share[np.lexsort((-share.max(1), share.argmax(1), empty))]
@@ -347,4 +359,4 @@ def _draw_shares(ax, counts, class_names):
     ax.set(xlabel="client, sorted by its most frequent class" + note, ylabel="class")
     if len(class_names) <= 40:
         ax.set_yticks(range(len(class_names)), class_names)
-    ax.get_figure(root=True).colorbar(image, ax=ax, label="share of the client's examples")
+    ax.get_figure(root=True).colorbar(image, ax=ax, label=f"share of the client's {unit}")

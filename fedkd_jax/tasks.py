@@ -35,6 +35,7 @@ class Clients:
     labels: np.ndarray  # [n] of all that is counted in the picture of who holds what
     parts: list[np.ndarray]  # who holds which of them
     classes: tuple[str, ...]
+    unit: str = "examples"  # what these labels are of, in the plural
     metrics: Mapping[str, AnyMetric] = dataclasses.field(default_factory=lambda: METRICS)  # {name: metric}
     scores: tuple[str, ...] = ("accuracy",)  # of the metrics, what a table shows; the last one decides
     names: tuple[str, ...] | None = None  # of the clients, where they are few and have one
@@ -153,6 +154,7 @@ def tagging(
         labels=np.concatenate([np.array(e, np.int32) for e in entities]),
         parts=[np.arange(a, b) for a, b in itertools.pairwise(starts)],
         classes=union,
+        unit="tagged words",
         metrics=entity_f1(union) | {"loss": cross_entropy},
         scores=("precision", "recall", "f1"),
         names=tuple(corpora),
@@ -247,6 +249,7 @@ def recommendation(
         labels=np.repeat(np.arange(2), [len(labels), len(clicked)]),
         parts=[np.concatenate([a, len(labels) + b]) for a, b in zip(train_parts, test_parts, strict=True)],
         classes=("clicks to learn from", "test impressions"),
+        unit="rows",
         eval_batch=max(1, min(256, EVALUATED_TOKENS // (length * (history + clicked.shape[1])))),
         metrics=ranking(),
         scores=("mrr", "ndcg@5", "ndcg@10", "auc"),
@@ -301,6 +304,7 @@ def next_character(
         labels=np.zeros(len(speakers), np.int32),
         parts=parts,
         classes=("pieces",),
+        unit="pieces",
         metrics={"loss": cross_entropy, "accuracy": token_accuracy},
         names=tuple(map(str, names)),
         model=lambda config: language_model(dataclasses.replace(config, vocab=vocab, causal=True)),

@@ -234,6 +234,26 @@ def write_config(folder: pathlib.Path, config: Experiment) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
 
 
+def plot_clients(folder: pathlib.Path, clients: Clients) -> None:
+    """Writes clients.png: who holds what.
+
+    >>> import tempfile
+    >>> from fedkd_jax.config import DataConfig, build_data
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> plot_clients(folder, build_data(Experiment(data=DataConfig(clients=2))))
+    >>> [path.name for path in folder.iterdir()]
+    ['clients.png']
+    """
+    report.partition_plot(
+        clients.labels,
+        clients.parts,
+        clients.classes,
+        folder / "clients.png",
+        unit=clients.unit,
+        client_names=clients.names,
+    )
+
+
 def tell_remarks(folder: pathlib.Path, clients: Clients) -> None:
     """What a reader of the results has to know, on the console and in remarks.txt, if there is anything.
 

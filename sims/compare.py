@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f" -> {folder}"
     )
     common.tell_remarks(folder, clients)
-    report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
+    common.plot_clients(folder, clients)
 
     runs = {}
     with common.progress_bar() as progress:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f" training examples, {len(clients.labels)} examples in all -> {folder}"
     )
     common.tell_remarks(folder, clients)
-    report.partition_plot(clients.labels, clients.parts, clients.classes, folder / "clients.png")
+    common.plot_clients(folder, clients)
 
     with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:
 

@@ -157,6 +157,11 @@ def test_partition_plot_writes_a_file(tmp_path, n_clients):
     if n_clients <= 60:
         assert [text.get_text() for text in ax.get_legend().get_texts()] == names
         assert sum(bar.get_width() for bar in ax.patches) == len(labels)
+    if n_clients <= 30:
+        own = [f"client {i}" for i in range(n_clients)]
+        ax = partition_plot(labels, clients, names, unit="words", client_names=own).axes[0]
+        assert [text.get_text() for text in ax.get_yticklabels()] == own
+        assert ax.get_xlabel() == "words" and "3,000 words" in ax.get_title()
     mine = matplotlib.figure.Figure()
     assert partition_plot(labels, clients, names, mine.add_subplot()) is mine
 

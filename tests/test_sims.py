@@ -167,6 +167,10 @@ def test_table_says_mean_std_and_ratio():
     figure = accuracy_plot(runs)
     assert len(figure.axes[0].lines) == 3
     assert "none" in figure.axes[1].get_title()
+    figure.draw_without_rendering()
+    left, right = ({t.get_text() for t in axis.get_xticklabels(which="both")} - {""} for axis in figure.axes)
+    assert all(label.isdecimal() for label in left)  # rounds are whole, also where there is only one
+    assert {"1", "2", "5"} <= right and not any("$" in label or "e" in label for label in right)
 
 
 def history(*f1):
