@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ import numpy as np
 from fedkd_jax.local import gather_batch
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, accuracy, as_metric
+from fedkd_jax.models import Predictor
 from fedkd_jax.parallel import Layout, map_clients
-from fedkd_jax.types import Algorithm, FederatedData, State
+from fedkd_jax.types import Algorithm, FederatedData, Leaf, Predict, PyTree, State
 
 METRICS: Mapping[str, AnyMetric] = {"accuracy": accuracy, "loss": cross_entropy}
 RESERVED = ("round", "pooled")
@@ -89,12 +90,13 @@ def _counts(state, data, *, predict, layout, fns, batch):
 
     def one_client(client, start, count, server, data):
         own = dataclasses.replace(data, start=start, count=count)
+        scorers = [_scorer(f, server, client, own) for f in predict]
 
         def of_batch(i):
             b = gather_batch(own, jnp.arange(size), i, batch)
             rows = b.mask.reshape(-1, *[1] * (b.labels.ndim - 1))
             labels = jnp.where(rows, b.labels.astype(jnp.int32), -1)
-            logits = [f(server, client, b.inputs).logits for f in predict]
+            logits = [score(b.inputs) for score in scorers]
             return [[fn(z, labels, b.mask) for fn in fns] for z in logits]
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_batch, 0))
@@ -104,3 +106,11 @@ def _counts(state, data, *, predict, layout, fns, batch):
     clients = jax.tree.map(lambda x: x[: data.start.shape[0]], state.clients)
     out, _ = map_clients(one_client, (clients, data.start, data.count), (state.server, data), layout=layout)
     return out
+
+
+def _scorer(predict: Predict, server, client, own: FederatedData) -> Callable[[PyTree], Leaf]:
+    """`rows -> logits`, for rows of one client's data."""
+    if isinstance(predict, Predictor) and predict.model.scorer is not None:
+        inputs = gather_batch(own, jnp.arange(own.max_count), 0, own.max_count).inputs
+        return predict.model.scorer(predict.params(server, client), inputs)
+    return lambda rows: predict(server, client, rows).logits

@@ -18,7 +18,9 @@ from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_ac
 from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
 from fedkd_jax.types import FederatedData, Model, Number
 
-EVALUATED_TOKENS = 65_536  # of one client's news, encoded at a time: a row of MIND may have 50 news read and 300 shown
+SCORED_NEWS = (
+    16_384  # of one client, whose vectors are looked up at a time: a row of MIND may have 50 read and 300 shown
+)
 Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of every client
 
 
@@ -250,7 +252,7 @@ def recommendation(
         parts=[np.concatenate([a, len(labels) + b]) for a, b in zip(train_parts, test_parts, strict=True)],
         classes=("clicks to learn from", "test impressions"),
         unit="rows",
-        eval_batch=max(1, min(256, EVALUATED_TOKENS // (length * (history + clicked.shape[1])))),
+        eval_batch=max(1, min(256, SCORED_NEWS // (history + clicked.shape[1]))),
         metrics=ranking(),
         scores=("mrr", "ndcg@5", "ndcg@10", "auc"),
         model=lambda config: recommender(config, tokens),

@@ -71,6 +71,9 @@ class Model(NamedTuple):
     init: Callable[[Key], Params]
     apply: Callable[..., Outputs]  # apply(params, inputs, *, key=None)
     frozen: Callable[[tuple[str, ...], Any], bool] | None = None
+    # scorer(params, inputs)(rows) -> what apply(params, rows).logits would be for any rows of these inputs: for evaluation,
+    # where rows share work that is then done once
+    scorer: Callable[[Params, PyTree], Callable[[PyTree], Leaf]] | None = None
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fedkd_jax import init_state, simulate
+from fedkd_jax import Layout, evaluate, init_state, simulate
 from fedkd_jax.config import (
     ConfigError,
     DataConfig,
@@ -31,8 +32,9 @@ from fedkd_jax.config import (
 from fedkd_jax.data import encode_texts, evaluation_rows, federate, load, load_news, training_rows
 from fedkd_jax.data.corpus_builders import TaggedWords
 from fedkd_jax.models import TransformerConfig, load_bert, recommender
+from fedkd_jax.models.recommender import Recommender
 from fedkd_jax.models.transformer import HIDDEN
-from fedkd_jax.tasks import EVALUATED_TOKENS, Clients, recommendation, subset
+from fedkd_jax.tasks import SCORED_NEWS, Clients, recommendation, subset
 
 KEY = jax.random.key(5)
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "rash", "after", "Lithium", "no", "news", "today", "and", "rain"]
@@ -248,9 +250,9 @@ def test_cut_impressions_are_told_and_long_rows_are_evaluated_a_few_at_a_time(fo
     assert "9 of 9 impressions were cut to 1 candidates" in cut.remarks
     assert not [remark for remark in whole.remarks if "candidates" in remark]
     assert whole.eval_batch == 256
-    long = build_data(experiment(folder, "recommendation", "posts", partition="iid", length=4000))
+    long = build_data(experiment(folder, "recommendation", "posts", partition="iid", history=4000))
     assert 1 <= long.eval_batch < 5
-    assert long.eval_batch * 4000 * 5 <= EVALUATED_TOKENS
+    assert long.eval_batch * 4002 <= SCORED_NEWS
 
 
 def test_what_a_reader_of_the_results_has_to_know_is_told(folder):
@@ -334,13 +336,13 @@ def scored():
     params = model.init(KEY)
     query = jax.random.normal(KEY, params["user_pooling"]["query"].shape)
     params["user_pooling"]["query"] = params["pooling"]["query"] = query  # else pooling is a plain mean
-    return jax.jit(model.apply), params
+    return model, jax.jit(model.apply), params
 
 
 @settings(max_examples=15)
 @given(strategies.seeds, st.integers(1, 4))
 def test_scores_depend_on_what_was_read_not_on_order_padding_or_other_candidates(seed, length):
-    apply, params = scored()
+    _, apply, params = scored()
     rng = np.random.default_rng(seed)
     history = np.zeros((2, 4), np.int32)
     history[:, :length] = rng.integers(1, 12, (2, length))
@@ -362,6 +364,68 @@ def test_scores_depend_on_what_was_read_not_on_order_padding_or_other_candidates
             params, {"history": np.pad(candidates[:, :1], ((0, 0), (0, 3))), "candidates": np.tile(history[:, :1], 3)}
         )
         np.testing.assert_allclose(out.logits[:, 0], mirrored.logits[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def scored_at_once():
+    """Rows of some inputs, and those of two clients under `vmap`; news are encoded four at a time."""
+    model, _, params = scored()
+
+    @mock.patch("fedkd_jax.models.recommender.ENCODED_TOKENS", 4 * 6)
+    def both(rows, part):
+        two = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), rows)
+        return model.scorer(params, rows)(part), jax.vmap(lambda rows: model.scorer(params, rows)(rows))(two)
+
+    return jax.jit(both)
+
+
+@settings(max_examples=15)
+@given(strategies.seeds, st.sampled_from([1, 3, 12]))
+def test_news_encoded_once_give_the_scores_of_news_encoded_row_by_row(seed, catalogue):
+    _, apply, params = scored()
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.integers(0, catalogue, shape).astype(np.int32)  # noqa: E731
+    rows = {"history": draw(5, 4), "candidates": draw(5, 3) - (draw(5, 3) == 0)}
+    of_part, of_two = scored_at_once()(rows, jax.tree.map(lambda x: x[1:3], rows))
+    expected = apply(params, rows).logits
+    np.testing.assert_allclose(of_part, expected[1:3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_two, jnp.stack([expected, expected[::-1]]), rtol=1e-4, atol=1e-5)
+
+
+@mock.patch("fedkd_jax.models.recommender.ENCODED_TOKENS", 6)  # one news at a time
+def test_for_evaluation_each_news_is_encoded_once_whatever_the_impressions(monkeypatch):
+    model, _, params = scored()
+    encoded = []
+    whole = Recommender.encode
+
+    def encode(self, tokens):
+        jax.debug.callback(lambda x: encoded.extend(map(tuple, x.tolist())), tokens)
+        return whole(self, tokens)
+
+    monkeypatch.setattr(Recommender, "encode", encode)
+    rows = {"history": np.full((40, 4), 7, np.int32), "candidates": np.tile(np.array([7, 3, -1], np.int32), (40, 1))}
+    score = model.scorer(params, rows)
+    assert np.isfinite(score(rows)).all()
+    jax.effects_barrier()
+    assert len(encoded) == len(set(encoded)) == 3  # 7, 3, and the one that nobody knows
+    elsewhere = {"history": np.full((1, 4), 7, np.int32), "candidates": np.array([[3, 5]], np.int32)}
+    assert np.isnan(score(elsewhere)).tolist() == [[False, True]]
+
+
+def test_evaluation_of_clients_is_that_of_a_model_without_a_scorer(folder):
+    config = experiment(folder, "recommendation", "posts", partition="natural", natural="user")
+    clients = build_data(config)
+    algorithm = build_algorithm(config, MethodConfig(algorithm="local_only"), clients, Layout(chunk=2))
+    state = init_state(algorithm, len(clients.parts), KEY)
+    plain = {
+        name: dataclasses.replace(own, model=own.model._replace(scorer=None)) for name, own in algorithm.predict.items()
+    }
+    results = [
+        evaluate(algorithm._replace(predict=predict), state, clients.test, metrics=clients.metrics, batch=2)
+        for predict in (algorithm.predict, plain)
+    ]
+    assert all(own.model.scorer is not None for own in algorithm.predict.values())
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_a_federated_reader_is_a_row_of_its_tables():

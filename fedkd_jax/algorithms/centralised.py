@@ -13,7 +13,7 @@ from fedkd_jax.algorithms.fedavg import init_shared, task_step
 from fedkd_jax.cohort import client_key
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
-from fedkd_jax.models import merge_params
+from fedkd_jax.models import Predictor, merge_params
 from fedkd_jax.parallel import Layout
 from fedkd_jax.types import Algorithm, Array, ClientState, FederatedData, Key, Model, RoundInfo, ServerState
 
@@ -107,10 +107,6 @@ def centralised(
         init_server=init_shared(model, optimizer),
         init_clients=lambda key, ids: ClientState(),
         round=round,
-        predict={
-            "model": lambda server, client, inputs: model.apply(
-                merge_params(server.params, server.frozen["model"]), inputs
-            )
-        },
+        predict={"model": Predictor(model, lambda server, client: merge_params(server.params, server.frozen["model"]))},
         layout=layout,
     )

@@ -14,7 +14,7 @@ from fedkd_jax.aggregate import example_weight
 from fedkd_jax.codecs import init_codec
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
-from fedkd_jax.models import merge_params, split_params
+from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.rounds import federated_round
 from fedkd_jax.types import Algorithm, Array, Batch, ClientState, Codec, Key, LocalResult, Model, ServerState
@@ -137,10 +137,6 @@ def fedavg(
             server_optimizer=server_optimizer,
             layout=layout,
         ),
-        predict={
-            "model": lambda server, client, inputs: model.apply(
-                merge_params(server.params, server.frozen["model"]), inputs
-            )
-        },
+        predict={"model": Predictor(model, lambda server, client: merge_params(server.params, server.frozen["model"]))},
         layout=layout,
     )

@@ -25,7 +25,7 @@ from fedkd_jax.codecs import init_codec
 from fedkd_jax.cohort import client_key
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import layer_map, mutual_distillation
-from fedkd_jax.models import merge_params, split_params
+from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.rounds import federated_round
 from fedkd_jax.types import (
@@ -221,19 +221,13 @@ def fedkd(
     def init_clients(key: Key, ids: Array) -> ClientState:
         return map_clients(lambda i: (init_client(client_key(key, 0, i)), ()), (ids,), layout=layout)[0]
 
-    def predict_teacher(server: ServerState, client: ClientState, inputs: PyTree, key: Key | None = None):
-        return teacher.apply(merge_params(client.teacher, server.frozen["teacher"]), inputs, key=key)
-
-    def apply_student(params, server: ServerState, inputs: PyTree, key: Key | None = None):
-        return student.apply(merge_params(params, server.frozen[student_frozen]), inputs, key=key)
-
     def local(server: ServerState, client: ClientState, data, key: Key) -> LocalResult:
         def step(carry, mini: Batch, key: Key):
             params, (teacher_opt, projection_opt, student_opt), _ = carry
             teacher_key, student_key = jax.random.split(key)
             (teacher_grad, projection_grad, student_grad), terms = mutual_step(
                 lambda p: teacher.apply(merge_params(p, server.frozen["teacher"]), mini.inputs, key=teacher_key),
-                lambda p: apply_student(p, server, mini.inputs, student_key),
+                lambda p: student.apply(merge_params(p, server.frozen[student_frozen]), mini.inputs, key=student_key),
                 loss_fn,
                 params,
                 mini,
@@ -276,8 +270,12 @@ def fedkd(
             layout=layout,
         ),
         predict={
-            "teacher": predict_teacher,
-            "student": lambda server, client, inputs: apply_student(server.params, server, inputs),
+            "teacher": Predictor(
+                teacher, lambda server, client: merge_params(client.teacher, server.frozen["teacher"])
+            ),
+            "student": Predictor(
+                student, lambda server, client: merge_params(server.params, server.frozen[student_frozen])
+            ),
         },
         layout=layout,
     )

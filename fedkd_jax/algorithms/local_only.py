@@ -10,7 +10,7 @@ from fedkd_jax.algorithms.fedavg import task_step
 from fedkd_jax.cohort import client_key
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
-from fedkd_jax.models import merge_params, split_params
+from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.rounds import federated_round
 from fedkd_jax.types import Algorithm, Array, ClientState, Key, LocalResult, Model, ServerState
@@ -77,9 +77,7 @@ def local_only(
         init_clients=init_clients,
         round=federated_round(local, layout=layout),
         predict={
-            "model": lambda server, client, inputs: model.apply(
-                merge_params(client.teacher, server.frozen["model"]), inputs
-            )
+            "model": Predictor(model, lambda server, client: merge_params(client.teacher, server.frozen["model"]))
         },
         layout=layout,
     )

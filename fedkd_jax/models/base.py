@@ -1,5 +1,6 @@
 """`Model(init, apply)`: Flax modules brought to pure functions, and parameters that are frozen."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from fedkd_jax.types import Model, Outputs, Params
+from fedkd_jax.types import ClientState, Key, Model, Outputs, Params, PyTree, ServerState
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -16,6 +17,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     `build(rngs)` returns a module whose `__call__(inputs)` gives `Outputs` or bare logits. Where it also takes `rngs`
     (for dropout), that is `nnx.Rngs(key)` in training and None in evaluation. All variables must be `nnx.Param`: stacked
     client states need pure functions, so no batch statistics, and dropout gets its `rngs` in the call, not in the constructor.
+    Where the module has a method `scorer(inputs)`, it becomes the model's.
 
     Raises:
         TypeError: the module holds a variable that is not `nnx.Param`.
@@ -42,16 +44,19 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
 
-    def apply(params: Params, inputs: Any, *, key: jax.Array | None = None) -> Outputs:
+    def module_of(params: Params) -> Any:
         leaves, given = jax.tree.flatten(params)
         if given != expected:
             raise ValueError(f"params have the structure {given}; allowed: {expected}")
-        module = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+
+    def apply(params: Params, inputs: Any, *, key: jax.Array | None = None) -> Outputs:
         rngs = {"rngs": None if key is None else nnx.Rngs(key)} if takes_rngs else {}
-        out = module(inputs, **rngs)
+        out = module_of(params)(inputs, **rngs)
         return out if isinstance(out, Outputs) else Outputs(out)
 
-    return Model(init, apply)
+    scorer = (lambda params, inputs: module_of(params).scorer(inputs)) if hasattr(abstract, "scorer") else None
+    return Model(init, apply, scorer=scorer)
 
 
 def freeze(model: Model, frozen: Callable[[tuple[str, ...], Any], bool]) -> Model:
@@ -96,3 +101,23 @@ def merge_params(trainable: Params, frozen: Params) -> Params:
         return trainable
     flat = {**traverse_util.flatten_dict(trainable), **traverse_util.flatten_dict(frozen)}
     return traverse_util.unflatten_dict(flat)
+
+
+@dataclasses.dataclass(frozen=True)  # and no NamedTuple: jit wants a weak reference
+class Predictor:
+    """What an algorithm predicts with: a model, and where its parameters are; `predictor(server, client, inputs) -> Outputs`.
+
+    >>> import jax.numpy as jnp
+    >>> from fedkd_jax import mlp
+    >>> shared = Predictor(mlp((4, 2)), lambda server, client: merge_params(server.params, server.frozen))
+    >>> params = shared.model.init(jax.random.key(0))
+    >>> server = ServerState(params=params, opt_state=(), frozen={}, round=jnp.int32(0))
+    >>> shared(server, ClientState(), jnp.ones((3, 4))).logits.shape
+    (3, 2)
+    """
+
+    model: Model
+    params: Callable[[ServerState, ClientState], Params]  # all of them, trainable and frozen, for one client
+
+    def __call__(self, server: ServerState, client: ClientState, inputs: PyTree, key: Key | None = None) -> Outputs:
+        return self.model.apply(self.params(server, client), inputs, key=key)

@@ -5,6 +5,9 @@ follows. The news themselves are a table of tokens among the frozen parameters: 
 table is held once for all clients and models, whatever their number.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,6 +15,8 @@ from flax import nnx
 from fedkd_jax.models.base import from_nnx
 from fedkd_jax.models.transformer import HIDDEN, AttentionPooling, Transformer, TransformerConfig
 from fedkd_jax.types import Array, Model, Outputs
+
+ENCODED_TOKENS = 8_192  # at a time, of the news that are encoded for evaluation
 
 
 class Recommender(Transformer):
@@ -36,18 +41,44 @@ class Recommender(Transformer):
         self.user_pooling = AttentionPooling(config.width, rngs=rngs)
 
     def __call__(self, inputs: dict[str, Array]) -> Outputs:
-        history, candidates = (jnp.asarray(inputs[name]) for name in ("history", "candidates"))
-        numbers = jnp.maximum(jnp.concatenate([history, candidates], axis=1), 0)
-        batch, n = numbers.shape
+        numbers = _numbers(inputs)
         encoded = self.encode(self.news.get_value()[numbers.reshape(-1)])
-        each = lambda x: x.reshape(batch, n, *x.shape[1:])  # noqa: E731
-        vectors = each(self.pooling(encoded.last, encoded.mask))
-        clicked, offered = vectors[:, : history.shape[1]], vectors[:, history.shape[1] :]
+        each = lambda x: x.reshape(*numbers.shape, *x.shape[1:])  # noqa: E731
+        scores = self._score(inputs, each(self.pooling(encoded.last, encoded.mask)))
+        hidden, attention = (tuple(map(each, x)) for x in (encoded.hidden, encoded.attention))
+        return Outputs(scores, hidden, attention, each(encoded.mask) & (numbers > 0)[..., None])
+
+    def _score(self, inputs: dict[str, Array], vectors: Array) -> Array:
+        history, candidates = (jnp.asarray(inputs[name]) for name in ("history", "candidates"))
+        clicked, offered = jnp.split(vectors, [history.shape[1]], axis=1)
         user = self.user_pooling(clicked, history > 0)
         scores = jnp.einsum("bd,bcd->bc", user, offered) / self.config.width**0.5
-        hidden, attention = (tuple(map(each, x)) for x in (encoded.hidden, encoded.attention))
-        scores = jnp.where(candidates >= 0, scores, HIDDEN)
-        return Outputs(scores, hidden, attention, each(encoded.mask) & (numbers > 0)[..., None])
+        return jnp.where(candidates >= 0, scores, HIDDEN)
+
+    def scorer(self, inputs: dict[str, Array]) -> Callable[[dict[str, Array]], Array]:
+        """Encodes every news of these inputs once; the function returned scores any rows of them. The work is that of the
+        different news, not of the impressions; in a row of other inputs a news not among these makes the score NaN.
+        """
+        news, numbers = self.news.get_value(), _numbers(inputs).reshape(-1)
+        there = jnp.zeros(len(news), bool).at[numbers].set(True)
+        size = min(len(news), numbers.size)
+        chunk = max(1, min(size, ENCODED_TOKENS // news.shape[1]))
+        size = -(-size // chunk) * chunk
+        which, row = jnp.nonzero(there, size=size, fill_value=0)[0], jnp.where(there, jnp.cumsum(there) - 1, size)
+
+        def encode(i, vectors):
+            encoded = self.encode(news[jax.lax.dynamic_slice_in_dim(which, i * chunk, chunk)])
+            pooled = self.pooling(encoded.last, encoded.mask)
+            return jax.lax.dynamic_update_slice_in_dim(vectors, pooled, i * chunk, axis=0)
+
+        chunks = (there.sum() + chunk - 1) // chunk
+        vectors = jax.lax.fori_loop(0, chunks, encode, jnp.zeros((size, self.config.width)))
+        return lambda rows: self._score(rows, vectors.at[row[_numbers(rows)]].get(mode="fill", fill_value=jnp.nan))
+
+
+def _numbers(inputs: dict[str, Array]) -> Array:
+    """All news of every impression, history first, `[B, N]`."""
+    return jnp.maximum(jnp.concatenate([jnp.asarray(inputs[name]) for name in ("history", "candidates")], axis=1), 0)
 
 
 def recommender(config: TransformerConfig, news: np.ndarray) -> Model:
@@ -59,7 +90,6 @@ def recommender(config: TransformerConfig, news: np.ndarray) -> Model:
         config: of the news encoder.
         news: `[m, L]` int32, the tokens of every news; row 0 stands for no news.
 
-    >>> import jax
     >>> config = TransformerConfig(vocab=9, width=8, layers=1, heads=2, inner=16)
     >>> model = recommender(config, np.array([[0, 0], [1, 2]], np.int32))
     >>> sorted(model.init(jax.random.key(0)))
