@@ -258,7 +258,8 @@ def from_dict(kind: Any, value: Any, key: str = "") -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(key, value, f"a value of type {kind.__name__}")
+        point = ", which YAML wants written as in 1.0e-4" if kind is float and isinstance(value, str) else ""
+        raise ConfigError(key, value, f"a value of type {kind.__name__}{point}")
     return value
 
 
@@ -304,9 +305,9 @@ def validate(config: Experiment) -> None:
     for key in ("length", "history", "negatives"):
         check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     check(data.examples is None or data.examples >= 1, "data.examples", data.examples, "at least 1, or null for all")
-    for key in ("test_length", "candidates"):
+    for key, least in (("test_length", 1), ("candidates", 2)):  # one candidate alone has no rank
         value = getattr(data, key)
-        check(value is None or value >= 1, f"data.{key}", value, "at least 1, or null")
+        check(value is None or value >= least, f"data.{key}", value, f"at least {least}, or null")
     keyed = data.natural is not None
     allowed = "a feature of the data where data.partition is 'natural', null where it is neither that nor 'iid'"
     fits = keyed if data.partition == "natural" else not keyed or data.partition == "iid"
@@ -341,11 +342,13 @@ def validate(config: Experiment) -> None:
         check(kinds[0] == kinds[1], f"{name}.kind", model.kind, "a transformer for both models or for none")
         for key in ("depth", "width", "heads", "inner", "positions"):
             check(getattr(model, key) >= 1, f"{name}.{key}", getattr(model, key), "at least 1")
-        check(model.width % model.heads == 0, f"{name}.heads", model.heads, f"a divisor of the width, {model.width}")
         needed = data.task != "characters" and text
         allowed = "'minilm' or a folder: its tokenizer reads the texts"
         check(config.checkpoint is not None or not needed, "checkpoint", config.checkpoint, allowed)
         if text and (config.checkpoint is None or not model.pretrained):  # its sizes are those of the config
+            check(
+                model.width % model.heads == 0, f"{name}.heads", model.heads, f"a divisor of the width, {model.width}"
+            )
             for key in ("length", "test_length"):
                 fits = (getattr(data, key) or 0) <= model.positions
                 allowed = f"at least data.{key}, {getattr(data, key)}"

@@ -194,7 +194,8 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     |---|---|
     | 1 | 2 |
     """
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     text = ["| " + " | ".join(line) + " |" for line in lines]
     text[1] = "|" + "---|" * len(rows[0])
     return "\n".join(text)

@@ -16,7 +16,7 @@ from fedkd_jax.evaluate import METRICS
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_accuracy
 from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
-from fedkd_jax.types import FederatedData, Model, Number
+from fedkd_jax.types import FederatedData, Model, Number, PyTree
 
 SCORED_NEWS = (
     16_384  # of one client, whose vectors are looked up at a time: a row of MIND may have 50 read and 300 shown
@@ -57,11 +57,16 @@ def subset(n: int, examples: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(n)[:examples])
 
 
-def _cut(what: str, texts: Sequence[str] | np.ndarray, tokenizer: Tokenizer, length: int) -> tuple[str, ...]:
+def _cut(what: str, cut: np.ndarray, length: int) -> tuple[str, ...]:
     """A remark on how many texts have more than `length` tokens, if any."""
-    pad = tokenizer.token_to_id("[PAD]")
-    cut = np.count_nonzero(fd.cached_texts(list(texts), tokenizer, length + 1)[:, -1] != pad)
-    return (f"{cut:,} of {len(texts):,} {what} are cut to {length} tokens",) if cut else ()
+    return (f"{np.count_nonzero(cut):,} of {len(cut):,} {what} are cut to {length} tokens",) if cut.any() else ()
+
+
+def _federate(part: str, inputs: PyTree, labels: np.ndarray, clients: list[np.ndarray]) -> FederatedData:
+    if not any(map(len, clients)):
+        allowed = "one at least: more examples, fewer clients, or another share of them for testing"
+        raise ValueError(f"the {part} part of {len(clients)} clients has no example; allowed: {allowed}")
+    return fd.federate(inputs, labels, clients)
 
 
 def classification(
@@ -86,16 +91,16 @@ def classification(
     if inputs.dtype == object:
         if tokenizer is None:
             raise ValueError("tokenizer is None; allowed: a tokenizer, as the examples are texts")
-        more["remarks"] = _cut("texts", inputs, tokenizer, length)
-        inputs = fd.cached_texts(list(inputs), tokenizer, length)
+        inputs, cut = fd.cached_texts(list(inputs), tokenizer, length)
+        more["remarks"] = _cut("texts", cut, length)
         classes = len(examples.classes)
         more["model"] = lambda config: text_classifier(config, classes)
         if classes == 2:
             more |= dict(metrics={**binary_f1(), **METRICS}, scores=("precision", "recall", "f1"))
     train, test = split
     return Clients(
-        train=fd.federate(inputs, examples.labels, train),
-        test=fd.federate(inputs, examples.labels, test),
+        train=_federate("training", inputs, examples.labels, train),
+        test=_federate("test", inputs, examples.labels, test),
         labels=examples.labels,
         parts=[np.sort(np.concatenate(pair)) for pair in zip(train, test, strict=True)],
         classes=examples.classes,
@@ -140,7 +145,7 @@ def tagging(
             used.append(np.tile(np.isin(np.arange(len(union)), own), (len(ids), 1)))
             parts.append(np.arange(start, start + len(ids)))
         inputs = {"tokens": np.concatenate(tokens), "classes": np.concatenate(used)}
-        return fd.federate(inputs, np.concatenate(labels), parts), lost
+        return _federate(("training", "test")[which], inputs, np.concatenate(labels), parts), lost
 
     entities = [
         [number[pair[0].names[t]] for tagged in pair for tags in tagged.tags for t in tags if t > 0]
@@ -162,7 +167,7 @@ def tagging(
         names=tuple(corpora),
         model=lambda config: tagger(config, len(union)),
         remarks=tuple(
-            f"{name}: {words:,} of {sum(map(len, tagged.words)):,} test words lie past {test_length} tokens, or have none,"
+            f"{name}: {words:,} of {sum(map(len, tagged.words)):,} words lie past {test_length} tokens, or have none,"
             " and are not evaluated"
             for (name, (_, tagged)), words in zip(corpora.items(), lost, strict=True)
             if words
@@ -212,10 +217,10 @@ def recommendation(
     ([[2, 1, -1]], [[1, 0]])
     """
     texts = [f"{t} {a}".strip() for t, a in zip(news.titles, news.abstracts, strict=True)] if abstracts else news.titles
-    tokens = fd.cached_texts(texts, tokenizer, length)
+    tokens, cut_texts = fd.cached_texts(texts, tokenizer, length)
     if "train" not in news.splits:
         raise ValueError(f"news has the splits {', '.join(news.splits)}; allowed: train, and test or dev to evaluate")
-    train, remarks = news.splits["train"], [*_cut("news", texts[1:], tokenizer, length)]
+    train, remarks = news.splits["train"], [*_cut("news", cut_texts[1:], length)]
     if validation:
         (learn,), (held_out,) = fd.train_test_split([np.arange(len(train))], validation, seed)
         train, test = train.take(learn), train.take(held_out)
@@ -246,8 +251,8 @@ def recommendation(
         remarks.append(f"{np.count_nonzero(cut):,} of {len(cut):,} impressions were cut to {candidates} candidates")
     train_parts, test_parts = deal(users, readers)
     return Clients(
-        train=fd.federate(inputs, labels, train_parts),
-        test=fd.federate(shown, clicked, test_parts),
+        train=_federate("training", inputs, labels, train_parts),
+        test=_federate("test", shown, clicked, test_parts),
         labels=np.repeat(np.arange(2), [len(labels), len(clicked)]),
         parts=[np.concatenate([a, len(labels) + b]) for a, b in zip(train_parts, test_parts, strict=True)],
         classes=("clicks to learn from", "test impressions"),
@@ -301,8 +306,8 @@ def next_character(
     if validation:
         train, test = fd.train_test_split(train, test_fraction, seed + 1)
     return Clients(
-        train=fd.federate(pieces.inputs, pieces.labels, train),
-        test=fd.federate(pieces.inputs, pieces.labels, test),
+        train=_federate("training", pieces.inputs, pieces.labels, train),
+        test=_federate("test", pieces.inputs, pieces.labels, test),
         labels=np.zeros(len(speakers), np.int32),
         parts=parts,
         classes=("pieces",),

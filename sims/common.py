@@ -25,7 +25,7 @@ from sims import hardware
 FEW_CLIENTS = 8  # and tables have a column for each
 console = Console()
 if not console.is_terminal:
-    console = Console(width=140)  # in a pipe or a log file rich assumes 80 columns and cuts tables
+    console = Console(width=200)  # in a pipe or a log file rich assumes 80 columns and cuts tables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Several methods over several seeds: `python -m sims.compare CONFIG [--overrides]`, one table like the paper's Table 1.
 
 Every method sees the same clients, the same splits and the same seeds. Writes into a new folder runs/NAME-N: config.yaml
-(resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, clients.png, a plot of the metric
-(accuracy.png), clients.md where clients have names, and remarks.txt where there is something to know.
+(resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, clients.png, a plot of the task's
+score (accuracy.png, f1.png, auc.png), clients.md where clients have names, and remarks.txt where there is something to know.
 """
 
 if __name__ == "__main__":

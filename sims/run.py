@@ -1,7 +1,7 @@
 """One experiment: `python -m sims.run CONFIG [--method NAME] [--overrides]`.
 
-Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, accuracy.png,
-clients.png (who holds what) and table.md.
+Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, a picture of
+the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md, and remarks.txt where there are any.
 """
 
 if __name__ == "__main__":

@@ -78,12 +78,14 @@ IMPOSSIBLE = {
     "teacher: {hidden: [0]}": ("teacher", "at least 1"),
     "teacher: {channels: [8]}": ("teacher.channels", "cnn"),
     "student: {kind: cnn}": ("student.channels", "cnn"),
+    "student_optimizer: {learning_rate: 1e-4}": ("student_optimizer.learning_rate", "1.0e-4"),
     "student_optimizer: {learning_rate: 0}": ("student_optimizer.learning_rate", "above 0"),
     "baseline: nobody": ("baseline", "FedKD"),
     "data: {task: tagging}": ("teacher.kind", "'transformer' for tagging"),
     "teacher: {kind: transformer}": ("teacher.kind", "both models or for none"),
     "{teacher: {kind: transformer}, student: {kind: transformer}}": ("checkpoint", "minilm"),
-    "{teacher: {kind: transformer, width: 10}, student: {kind: transformer}}": (
+    "{data: {task: characters, name: tiny_shakespeare}, teacher: {kind: transformer, width: 10}, "
+    "student: {kind: transformer}}": (
         "teacher.heads",
         "divisor of the width, 10",
     ),
@@ -91,6 +93,7 @@ IMPOSSIBLE = {
         "student",
         "teacher's, 1",
     ),
+    "{data: {task: recommendation, partition: iid, candidates: 1}}": ("data.candidates", "at least 2"),
     "methods: {a: {depth: 1}}": ("methods.a.depth", "for a transformer"),
     "data: {task: recommendation}": ("data.partition", "'iid' or 'natural'"),
     "data: {length: 0}": ("data.length", "at least 1"),
@@ -111,6 +114,11 @@ def test_impossible_configs_are_told_in_one_line(tmp_path, text, said):
     assert "allowed" in message
     for part in said:
         assert part in message
+
+
+def test_sizes_that_a_checkpoint_decides_are_not_checked():
+    text = "{checkpoint: minilm, teacher: {kind: transformer, heads: 12}, student: {kind: transformer, width: 10}}"
+    validate(from_dict(Experiment, yaml.safe_load(text)))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

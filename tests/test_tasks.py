@@ -255,6 +255,12 @@ def test_cut_impressions_are_told_and_long_rows_are_evaluated_a_few_at_a_time(fo
     assert long.eval_batch * 4002 <= SCORED_NEWS
 
 
+def test_clients_without_any_test_example_are_told_so(folder):
+    config = experiment(folder, "classification", "ade_corpus_v2", partition="iid", clients=9, examples=9)
+    with pytest.raises(ValueError, match="the test part of 9 clients has no example; allowed: one at least"):
+        build_data(config)
+
+
 def test_what_a_reader_of_the_results_has_to_know_is_told(folder):
     detection = experiment(folder, "classification", "ade_corpus_v2", partition="iid", length=8)
     assert build_data(detection).remarks == ("12 of 24 texts are cut to 8 tokens",)  # all that are positive

@@ -258,6 +258,19 @@ def test_a_missing_or_misshapen_tensor_is_named(name, value, match, tmp_path):
         load_bert(tmp_path)
 
 
+def test_one_encoder_of_floating_point_weights_is_wanted(tmp_path):
+    write_checkpoint(tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    word = "embeddings.word_embeddings.weight"
+    for other, match in [
+        ({f"news.{name}": x for name, x in tensors.items()}, r"has several encoders, '' and 'news\.'; allowed: one"),
+        ({word: tensors[word].astype(np.int8)}, rf"{word} in .* has dtype int8; allowed: floating-point"),
+    ]:
+        safetensors.save_file(tensors | other, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=match):
+            load_bert(tmp_path)
+
+
 def test_what_an_old_config_leaves_out_has_the_usual_value(tmp_path):
     write_checkpoint(tmp_path)
     whole = load_bert(tmp_path)[0]
@@ -275,10 +288,21 @@ def test_what_is_no_bert_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, match in [
         ({"model_type": "gpt2"}, "model_type is 'gpt2' in .*; allowed: 'bert'"),
-        ({"hidden_act": "swish"}, "hidden_act is 'swish' in .*; allowed: 'gelu'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish' in .*; allowed: 'gelu'"),
+        ({"hidden_size": "16"}, "hidden_size is '16' in .*config.json; allowed: a value of type int"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0 in .*; allowed: a value of type int"),
+        ({"pad_token_id": None}, "pad_token_id is None in .*; allowed: a value of type int"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps is '1e-12' in .*; allowed: a value of type float"),
         ({"position_embedding_type": "relative_key"}, "is 'relative_key' in .*; allowed: 'absolute'"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=match):
+            load_bert(tmp_path)
+    for text, match in [
+        ("{", r"config\.json cannot be read: "),
+        ("[1]", r"config\.json holds a list; allowed: an object"),
+    ]:
+        (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=match):
             load_bert(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "hidden_size"}))
@@ -298,7 +322,7 @@ def test_what_is_no_bert_is_refused(tmp_path):
     for bad, match in [
         (dict(width=10, heads=3), "heads is 3; allowed: a divisor of width, 10"),
         (dict(layers=0), "layers is 0; allowed: at least 1"),
-        (dict(activation="swish"), "activation is 'swish'; allowed: gelu"),
+        (dict(activation="mish"), "activation is 'mish'; allowed: gelu"),
         (dict(dtype="float16"), "dtype is 'float16'; allowed: float32, bfloat16"),
     ]:
         with pytest.raises(ValueError, match=match):

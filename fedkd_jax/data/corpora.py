@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from fedkd_jax.data.cache import Folder
-from fedkd_jax.data.sources import prepare_local
+from fedkd_jax.data.sources import open_split, prepare_local
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,6 @@ def load_speeches(*, data_dir: Folder = None, cache_dir: Folder = None, split: s
 
 
 def _columns(builder, split, names):
-    source = builder.as_data_source(split=split)
+    source = open_split(builder, split)
     rows = source.__getitems__(range(len(source)))
     return tuple([row[name] for row in rows] for name in names)

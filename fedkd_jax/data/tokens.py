@@ -66,12 +66,7 @@ def encode_texts(texts: Sequence[str] | np.ndarray, tokenizer: Tokenizer, length
            [1, 4, 2, 0],
            [1, 2, 0, 0]], dtype=int32)
     """
-    special = _special(tokenizer, length)
-    tokens = np.full((len(texts), length), special[0], np.int32)
-    encodings = _encodings([str(text) for text in texts], tokenizer)
-    for row, encoding in zip(tokens, encodings, strict=True):
-        _fill(row, encoding.ids, special)
-    return tokens
+    return _encode_texts(texts, tokenizer, length)[0]
 
 
 def encode_words(
@@ -126,6 +121,16 @@ def lost_words(words: Sequence[Sequence[str]], labels: Int32[np.ndarray, "n leng
     1
     """
     return sum(map(len, words)) - int((labels >= 0).sum())
+
+
+def _encode_texts(texts, tokenizer, length):
+    special = _special(tokenizer, length)
+    tokens, cut = np.full((len(texts), length), special[0], np.int32), np.zeros(len(texts), np.int32)
+    encodings = _encodings([str(text) for text in texts], tokenizer)
+    for i, encoding in enumerate(encodings):
+        _fill(tokens[i], encoding.ids, special)
+        cut[i] = max(len(encoding.ids) - (length - 2), 0)
+    return tokens, cut
 
 
 def _special(tokenizer, length):
@@ -208,17 +213,21 @@ def characters(texts: Sequence[str], length: int, *, vocabulary: str | None = No
 
 def cached_texts(
     texts: Sequence[str] | np.ndarray, tokenizer: Tokenizer, length: int, cache_dir: Folder = None
-) -> Int32[np.ndarray, "n length"]:
-    """`encode_texts`, remembered in cache_dir (default as for `load`) for these texts, tokenizer and length.
+) -> tuple[Int32[np.ndarray, "n length"], Int32[np.ndarray, "n"]]:
+    """`encode_texts`, and how many pieces of each text did not fit; remembered in cache_dir (default as for `load`) for these
+    texts, tokenizer and length.
+
     >>> import tempfile
     >>> from tokenizers.models import WordLevel
     >>> tokenizer = Tokenizer(WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "rash": 3}, "[PAD]"))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     cached_texts(["rash"], tokenizer, 4, folder), len(list(pathlib.Path(folder).rglob("*.npz")))
-    (array([[1, 3, 2, 0]], dtype=int32), 1)
+    ...     tokens, cut = cached_texts(["rash"], tokenizer, 4, folder)
+    ...     tokens, cut, len(list(pathlib.Path(folder).rglob("*.npz")))
+    (array([[1, 3, 2, 0]], dtype=int32), array([0], dtype=int32), 1)
     """
-    parts = ["encode_texts 1", texts, tokenizer.to_str(), length]
-    return cached_arrays(parts, lambda: [encode_texts(texts, tokenizer, length)], cache_dir)[0]
+    parts = ["encode_texts 2", texts, tokenizer.to_str(), length]
+    tokens, cut = cached_arrays(parts, lambda: _encode_texts(texts, tokenizer, length), cache_dir)
+    return tokens, cut
 
 
 def cached_words(

@@ -105,7 +105,10 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
     with opened as tensors:
         names = set(tensors.keys())
         anchor = "embeddings.word_embeddings.weight"
-        prefix = next((name.removesuffix(anchor) for name in sorted(names) if name.endswith(anchor)), "")
+        prefixes = sorted(name.removesuffix(anchor) for name in names if name.endswith(anchor))
+        if len(prefixes) > 1:
+            raise ValueError(f"{path} has several encoders, {' and '.join(map(repr, prefixes))}; allowed: one")
+        prefix = prefixes[0] if prefixes else ""
 
         def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
             old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
@@ -115,6 +118,8 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
             tensor = tensors.get_tensor(found)
             if tensor.shape != shape:
                 raise ValueError(f"{found} in {path} has shape {tensor.shape}; allowed: {shape}, as config.json says")
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise ValueError(f"{found} in {path} has dtype {tensor.dtype}; allowed: floating-point weights")
             return np.asarray(tensor, np.float32)
 
         def norm(name: str) -> Params:
@@ -146,7 +151,13 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
 
 
 def _config(path: pathlib.Path) -> TransformerConfig:
-    raw = DEFAULTS | json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}; allowed: an object, as Hugging Face writes it")
+    raw: dict[str, Any] = {**DEFAULTS, **raw}
     missing = [theirs for theirs in FIELDS.values() if theirs not in raw]
     if missing:
         raise ValueError(
@@ -159,6 +170,11 @@ def _config(path: pathlib.Path) -> TransformerConfig:
     ):
         if raw[key] not in allowed:
             raise ValueError(f"{key} is {raw[key]!r} in {path}; allowed: {', '.join(map(repr, allowed))}")
+    plain = TransformerConfig()
+    for ours, theirs in FIELDS.items():
+        kind, value = type(getattr(plain, ours)), raw[theirs]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{theirs} is {value!r} in {path}; allowed: a value of type {kind.__name__}")
     return TransformerConfig(**{ours: raw[theirs] for ours, theirs in FIELDS.items()})
 
 

@@ -21,10 +21,13 @@ from fedkd_jax.models.base import from_nnx
 from fedkd_jax.svd import MatrixView, matrix_view
 from fedkd_jax.types import Array, Model, Outputs
 
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+_EXACT, _TANH = (functools.partial(jax.nn.gelu, approximate=approximate) for approximate in (False, True))
+ACTIVATIONS = {  # by Hugging Face's names, several of which are one function
+    **dict.fromkeys(("gelu", "gelu_python"), _EXACT),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), _TANH),
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
 }
 HIDDEN = -1e9  # what is added to the score of a position that must not be seen
 
