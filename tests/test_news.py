@@ -119,6 +119,7 @@ MALFORMED = [
     ("behaviors", GOOD + "\tN1", "has 6 columns between tabs; allowed: 5"),
     ("behaviors", " \tU1\ttime\tN1\tN1-1", "has no id"),
     ("behaviors", "2\t\ttime\tN1\tN1-1", "has no user"),
+    ("behaviors", "2\t \ttime\tN1\tN1-1", "has no user"),
     ("behaviors", "2\tU1\ttime\tN1\t ", "has no impressions"),
     ("behaviors", "2\tU1\ttime\t\tN2-0 N1-x", "impression is 'N1-x'; allowed: ID-0 and ID-1"),
     ("behaviors", "2\tU1\ttime\t\tN1-x", "impression is 'N1-x'; allowed: ID-0 and ID-1"),
@@ -164,7 +165,7 @@ def test_folders_are_found_by_name_and_a_missing_file_is_an_error(tmp_path, cach
     with pytest.raises(FileNotFoundError, match=r"no folder train, dev or test .*nowhere.*FEDKD_DATA_DIR"):
         load_news("nowhere")
     (folder / "train" / "behaviors.tsv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no train/behaviors.tsv in .*tiny"):
+    with pytest.raises(FileNotFoundError, match=r"no behaviors.tsv in .*tiny.train; each split has a news.tsv"):
         load_news("tiny")
 
 

@@ -293,6 +293,7 @@ def test_what_is_no_bert_is_refused(tmp_path):
         ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0 in .*; allowed: a value of type int"),
         ({"pad_token_id": None}, "pad_token_id is None in .*; allowed: a value of type int"),
         ({"layer_norm_eps": "1e-12"}, "layer_norm_eps is '1e-12' in .*; allowed: a value of type float"),
+        ({"is_decoder": True}, "is_decoder is True in .*; allowed: False"),
         ({"position_embedding_type": "relative_key"}, "is 'relative_key' in .*; allowed: 'absolute'"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -121,6 +121,9 @@ def load_news(
     (['', 'A hole in one', 'Rain'], array([2, 0], dtype=int32), array([2, 1], dtype=int32))
     """
     folder, splits = _find(name_or_folder, data_dir)
+    for where, kind in itertools.product(splits.values(), COLUMNS):
+        if not (where / f"{kind}.tsv").exists():
+            raise FileNotFoundError(f"there is no {kind}.tsv in {where}; each split has a news.tsv and a behaviors.tsv")
     table, behaviors = (
         prepare_local(
             f"news-{'-'.join(splits)}",
@@ -216,7 +219,7 @@ def read_behaviors(path: pathlib.Path) -> Iterator[dict[str, str]]:
     [{'user': 'U1', 'history': 'N8 N9', 'candidates': 'N8 N7', 'clicked': '01'}]
     """
     for where, (_, user, _, history, impressions) in _lines(path, 5, 5):
-        shown = impressions.split()
+        user, shown = user.strip(), impressions.split()
         if not user or not shown:
             raise ValueError(f"{where}: has no {'impressions' if user else 'user'}")
         labelled = "-" in shown[0]
@@ -260,7 +263,7 @@ def _builder():
     class NewsTsv(tfds.core.GeneratorBasedBuilder):
         """The two tables of news recommendation, from news.tsv and behaviors.tsv below `manual_dir`."""
 
-        VERSION = tfds.core.Version("1.0.1")
+        VERSION = tfds.core.Version("1.0.2")
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=kind) for kind in COLUMNS]  # noqa: RUF012
         MANUAL_DOWNLOAD_INSTRUCTIONS = "Put news.tsv and behaviors.tsv into train/, dev/ or test/ of manual_dir."
 

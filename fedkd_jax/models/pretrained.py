@@ -48,6 +48,7 @@ DEFAULTS = {
     "hidden_act": "gelu",
     "pad_token_id": 0,
     "position_embedding_type": "absolute",
+    "is_decoder": False,
 }
 
 
@@ -85,7 +86,7 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
     ... except FileNotFoundError as error: print(error)
     folder is 'nowhere', without config.json; allowed: a checkpoint's folder, its weights in one model.safetensors
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     path = folder / "model.safetensors"
     for file in (folder / "config.json", path):
         if not file.exists():
@@ -166,6 +167,7 @@ def _config(path: pathlib.Path) -> TransformerConfig:
     for key, allowed in (
         ("model_type", ("bert",)),
         ("position_embedding_type", ("absolute",)),
+        ("is_decoder", (False,)),
         ("hidden_act", ACTIVATIONS),
     ):
         if raw[key] not in allowed:
