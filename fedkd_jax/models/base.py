@@ -105,19 +105,22 @@ def merge_params(trainable: Params, frozen: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)  # and no NamedTuple: jit wants a weak reference
 class Predictor:
-    """What an algorithm predicts with: a model, and where its parameters are; `predictor(server, client, inputs) -> Outputs`.
+    """What an algorithm predicts with: a model, and where its parameters are; `predictor(server, client, inputs) -> Outputs`,
+    for a shared model also without a client, `None`.
 
     >>> import jax.numpy as jnp
     >>> from fedkd_jax import mlp
     >>> shared = Predictor(mlp((4, 2)), lambda server, client: merge_params(server.params, server.frozen))
     >>> params = shared.model.init(jax.random.key(0))
     >>> server = ServerState(params=params, opt_state=(), frozen={}, round=jnp.int32(0))
-    >>> shared(server, ClientState(), jnp.ones((3, 4))).logits.shape
+    >>> shared(server, None, jnp.ones((3, 4))).logits.shape
     (3, 2)
     """
 
     model: Model
-    params: Callable[[ServerState, ClientState], Params]  # all of them, trainable and frozen, for one client
+    params: Callable[[ServerState, Any], Params]  # all of them, trainable and frozen, for one client
 
-    def __call__(self, server: ServerState, client: ClientState, inputs: PyTree, key: Key | None = None) -> Outputs:
+    def __call__(
+        self, server: ServerState, client: ClientState | None, inputs: PyTree, key: Key | None = None
+    ) -> Outputs:
         return self.model.apply(self.params(server, client), inputs, key=key)
