@@ -189,10 +189,10 @@ def human_bytes(count: Number) -> str:
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows as a Markdown table.
 
-    >>> print(markdown([{"a": "1", "b": "2"}]))
+    >>> print(markdown([{"a": "1", "b": "x|y"}]))
     | a | b |
     |---|---|
-    | 1 | 2 |
+    | 1 | x\\|y |
     """
     cells = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
     lines = [[cell.replace("|", "\\|") for cell in line] for line in cells]

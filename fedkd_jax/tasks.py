@@ -18,9 +18,7 @@ from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_ac
 from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
 from fedkd_jax.types import FederatedData, Model, Number, PyTree
 
-SCORED_NEWS = (
-    16_384  # of one client, whose vectors are looked up at a time: a row of MIND may have 50 read and 300 shown
-)
+SCORED_NEWS = 16_384  # of one client, looked up at a time: a row of MIND may have 50 news read and 300 shown
 Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of every client
 
 

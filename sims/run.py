@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
     common.console.print(
         f"{name}: {len(clients.parts)} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
-        f" training examples, {len(clients.labels)} examples in all -> {folder}"
+        f" training examples, {len(clients.labels):,} {clients.unit} in all -> {folder}"
     )
     common.tell_remarks(folder, clients)
     common.plot_clients(folder, clients)

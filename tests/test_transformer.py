@@ -33,7 +33,7 @@ from fedkd_jax.models import (
     with_pretrained,
 )
 from fedkd_jax.models.pretrained import LAYER, MINILM, minilm_folder
-from fedkd_jax.models.transformer import HIDDEN
+from fedkd_jax.models.transformer import ACTIVATIONS, HIDDEN
 
 CONFIG = TransformerConfig(vocab=30, width=16, layers=3, heads=4, inner=24, positions=12)
 KEY = jax.random.key(3)
@@ -256,6 +256,18 @@ def test_a_missing_or_misshapen_tensor_is_named(name, value, match, tmp_path):
     write_checkpoint(tmp_path, **{name: value})
     with pytest.raises(ValueError, match=match):
         load_bert(tmp_path)
+
+
+def test_activations_are_what_their_names_say_in_hugging_face():
+    x = np.linspace(-4, 4, 41)
+    sigmoid, tanh = 1 / (1 + np.exp(-x)), np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    exact = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    expected = dict.fromkeys(("gelu", "gelu_python"), exact)
+    expected |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), 0.5 * x * (1 + tanh))
+    expected |= dict.fromkeys(("silu", "swish"), x * sigmoid) | {"relu": np.maximum(x, 0), "tanh": np.tanh(x)}
+    assert set(expected) == set(ACTIVATIONS)
+    for name, y in expected.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.float32(x)), y, atol=1e-5, err_msg=name)
 
 
 def test_one_encoder_of_floating_point_weights_is_wanted(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from fedkd_jax.types import ClientState, Key, Model, Outputs, Params, PyTree, ServerState
+from fedkd_jax.types import ClientState, Model, Outputs, Params, PyTree, ServerState
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -120,7 +120,5 @@ class Predictor:
     model: Model
     params: Callable[[ServerState, Any], Params]  # all of them, trainable and frozen, for one client
 
-    def __call__(
-        self, server: ServerState, client: ClientState | None, inputs: PyTree, key: Key | None = None
-    ) -> Outputs:
-        return self.model.apply(self.params(server, client), inputs, key=key)
+    def __call__(self, server: ServerState, client: ClientState | None, inputs: PyTree) -> Outputs:
+        return self.model.apply(self.params(server, client), inputs)
