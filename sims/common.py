@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedkd_jax import Layout, client_mesh, report, simulate
-from fedkd_jax.config import Experiment, build_algorithm, load_config, to_yaml, validate
+from fedkd_jax.build import build_algorithm
+from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, History, State
 from sims import hardware
@@ -102,7 +103,8 @@ def run_folder(options: Options, name: str) -> pathlib.Path:
 def choose_layout(config: Experiment, options: Options, clients: Clients) -> Layout:
     """The layout asked for, or the one that suits the hardware.
 
-    >>> from fedkd_jax.config import DataConfig, build_data
+    >>> from fedkd_jax.build import build_data
+    >>> from fedkd_jax.config import DataConfig
     >>> config = Experiment(data=DataConfig(clients=3))
     >>> choose_layout(config, Options(devices=1, chunk="2"), build_data(config)).chunk
     2
@@ -170,7 +172,8 @@ def run_method(
 
     `on_record` gets each evaluation's record as it comes.
 
-    >>> from fedkd_jax.config import DataConfig, build_data
+    >>> from fedkd_jax.build import build_data
+    >>> from fedkd_jax.config import DataConfig
     >>> config = Experiment(rounds=1, data=DataConfig(clients=2))
     >>> clients = build_data(config)
     >>> algorithm = build_algorithm(config, config.methods["FedKD"], clients)
@@ -238,7 +241,8 @@ def plot_clients(folder: pathlib.Path, clients: Clients) -> None:
     """Writes clients.png: who holds what.
 
     >>> import tempfile
-    >>> from fedkd_jax.config import DataConfig, build_data
+    >>> from fedkd_jax.build import build_data
+    >>> from fedkd_jax.config import DataConfig
     >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> plot_clients(folder, build_data(Experiment(data=DataConfig(clients=2))))
     >>> [path.name for path in folder.iterdir()]
@@ -258,7 +262,7 @@ def tell_remarks(folder: pathlib.Path, clients: Clients) -> None:
     """What a reader of the results has to know, on the console and in remarks.txt, if there is anything.
 
     >>> import tempfile
-    >>> from fedkd_jax.config import build_data
+    >>> from fedkd_jax.build import build_data
     >>> with tempfile.TemporaryDirectory() as where:
     ...     tell_remarks(pathlib.Path(where), build_data(Experiment()))
     ...     list(pathlib.Path(where).iterdir())

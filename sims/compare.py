@@ -14,7 +14,8 @@ import pathlib
 import time
 
 from fedkd_jax import report
-from fedkd_jax.config import Experiment, build_algorithm, build_data
+from fedkd_jax.build import build_algorithm, build_data
+from fedkd_jax.config import Experiment
 from sims import common, hardware
 
 

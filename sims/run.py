@@ -15,7 +15,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from fedkd_jax import report
-from fedkd_jax.config import build_algorithm, build_data
+from fedkd_jax.build import build_algorithm, build_data
 from sims import common, hardware
 
 

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd_jax.config import ConfigError, DataConfig, Experiment, build_data
+from fedkd_jax.build import build_data
+from fedkd_jax.config import ConfigError, DataConfig, Experiment
 from fedkd_jax.data.federated import Examples, federate, take_clients, train_test_split
 from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
 from fedkd_jax.data.sources import load

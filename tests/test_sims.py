@@ -133,7 +133,7 @@ def test_measured_chunk_is_one_of_the_candidates(tmp_path):
 
 
 def common_data(config):
-    from fedkd_jax.config import build_data
+    from fedkd_jax.build import build_data
 
     return build_data(config)
 

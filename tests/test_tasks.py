@@ -18,17 +18,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from fedkd_jax import Layout, evaluate, init_state, simulate
-from fedkd_jax.config import (
-    ConfigError,
-    DataConfig,
-    Experiment,
-    MethodConfig,
-    ModelConfig,
-    build_algorithm,
-    build_data,
-    load_tokenizer,
-    validate,
-)
+from fedkd_jax.build import build_algorithm, build_data, load_tokenizer
+from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, validate
 from fedkd_jax.data import encode_texts, evaluation_rows, federate, load, load_news, training_rows
 from fedkd_jax.data.corpus_builders import TaggedWords
 from fedkd_jax.models import TransformerConfig, load_bert, recommender

@@ -1,0 +1,395 @@
+"""From a config to what the library takes: the only place where strings become functions.
+
+An error is one line that names the key, its value and what is allowed, and it comes before anything compiles.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+
+import jax
+import numpy as np
+import optax
+import tokenizers
+
+from fedkd_jax import data as fd
+from fedkd_jax import tasks
+from fedkd_jax.aggregate import example_weight, uniform_weight
+from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
+from fedkd_jax.codecs import identity_codec, svd_codec
+from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, OptimizerConfig
+from fedkd_jax.losses import mutual_distillation
+from fedkd_jax.models import (
+    TransformerConfig,
+    cnn,
+    freeze,
+    is_fixed,
+    is_table,
+    layer_compressible,
+    layer_view,
+    load_bert,
+    minilm_folder,
+    mlp,
+    with_pretrained,
+)
+from fedkd_jax.parallel import Layout
+from fedkd_jax.svd import energy_threshold
+from fedkd_jax.tasks import Clients
+from fedkd_jax.types import Algorithm, Codec, Model
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def build_data(config: Experiment) -> Clients:
+    """Loads and deals the examples.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: data that is not there, a partition that cannot be.
+
+    >>> clients = build_data(Experiment(data=DataConfig(clients=5)))
+    >>> clients.train.start.shape, int(clients.train.count.sum() + clients.test.count.sum())
+    ((5,), 1797)
+    """
+    c = config.data
+    build = {
+        "classification": _classification,
+        "tagging": _tagging,
+        "recommendation": _recommendation,
+        "characters": _characters,
+    }[c.task]
+    clients = build(config)
+    if config.cohort is not None and config.cohort > len(clients.parts):
+        raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {len(clients.parts)}")
+    return clients
+
+
+def _classification(config: Experiment) -> Clients:
+    c = config.data
+    examples, _ = fd.load(
+        c.name, data_dir=c.dir, split=c.split, test_split=None, download=c.download, natural=c.natural
+    )
+    text = config.teacher.kind == "transformer"
+    if (examples.inputs.dtype == object) != text:
+        allowed = (
+            "a set of texts, which a transformer reads" if text else "images or numbers, which an mlp or a cnn reads"
+        )
+        raise ConfigError("data.name", c.name, allowed)
+    if c.examples is not None:
+        rows = tasks.subset(len(examples), c.examples, c.seed)
+        natural = None if examples.natural is None else examples.natural[rows]
+        examples = dataclasses.replace(
+            examples, inputs=examples.inputs[rows], labels=examples.labels[rows], natural=natural
+        )
+    groups, labels = None, examples.labels
+    if examples.natural is not None and c.partition == "iid":  # deal and split what belongs together as one
+        groups, labels = fd.by_key(examples.natural), None
+        parts = fd.iid(np.zeros(len(groups), np.int32), c.clients, c.seed)
+    else:
+        parts = _partition(c, examples.labels, examples.natural)
+    train, test = fd.train_test_split(parts, c.test_fraction, c.seed, labels)
+    if c.validation:
+        train, test = fd.train_test_split(train, c.test_fraction, c.seed + 1, labels)
+    if groups is not None:
+        empty = np.zeros(0, np.int64)
+        whole = lambda ids: np.sort(np.concatenate([empty, *(groups[i] for i in ids)]))  # noqa: E731
+        train, test = ([whole(ids) for ids in part] for part in (train, test))
+    return tasks.classification(examples, (train, test), load_tokenizer(config) if text else None, c.length)
+
+
+def _partition(c: DataConfig, labels: np.ndarray, natural: np.ndarray | None) -> list[np.ndarray]:
+    if c.partition == "natural":
+        assert natural is not None, "validate() and load() ask for it"
+        return fd.by_key(natural)
+    if c.partition == "iid":
+        return fd.iid(labels, c.clients, c.seed)
+    if c.partition == "shards":
+        return fd.shards(labels, c.clients, c.shards_per_client, c.seed)
+    return fd.dirichlet(labels, c.clients, c.alpha, c.seed, min_examples=c.min_examples)
+
+
+def _tagging(config: Experiment) -> Clients:
+    """Each corpus with its own split; one that has none is split by document."""
+    c = config.data
+    corpora = {}
+    for name in c.name.split("+"):
+        whole = fd.load_tagged(name, data_dir=c.dir)
+        if whole.natural is not None:
+            documents = fd.by_key(whole.natural)
+            (train,), (test,) = fd.train_test_split([np.arange(len(documents))], c.test_fraction, c.seed)
+            if c.validation:
+                (train,), (test,) = fd.train_test_split([train], c.test_fraction, c.seed + 1)
+            pair = [whole.take(np.sort(np.concatenate([documents[i] for i in ids]))) for ids in (train, test)]
+        else:
+            pair = [whole, fd.load_tagged(name, data_dir=c.dir, split="validation" if c.validation else "test")]
+        learn, held_out = (t.take(tasks.subset(len(t), c.examples, c.seed)) for t in pair)
+        corpora[name] = (learn, held_out)
+    return tasks.tagging(corpora, load_tokenizer(config), c.length, c.test_length)
+
+
+def _recommendation(config: Experiment) -> Clients:
+    """The rows of both splits at random to `clients`, or every reader a client."""
+    c = config.data
+    news, remarks = fd.load_news(c.name, data_dir=c.dir), []
+
+    def deal(users: np.ndarray, readers: np.ndarray) -> tasks.Split:
+        train, test = (tasks.subset(len(x), c.examples, c.seed) for x in (users, readers))
+        if c.natural is None:
+            own, shown = (fd.iid(rows, c.clients, c.seed + i) for i, rows in enumerate((train, test)))
+        else:  # a reader who clicks nothing in training is no client
+            known = np.unique(users[train])
+            own, shown = (_rows_of(known, users[train]), _rows_of(known, readers[test]))
+            strange = len(test) - sum(map(len, shown))
+            if strange:
+                remarks.append(
+                    f"{strange:,} of {len(test):,} impressions are of readers without training rows and are not evaluated"
+                )
+        return [train[ids] for ids in own], [test[ids] for ids in shown]
+
+    clients = tasks.recommendation(
+        news,
+        deal,
+        load_tokenizer(config),
+        c.length,
+        history=c.history,
+        negatives=c.negatives,
+        candidates=c.candidates,
+        seed=c.seed,
+        abstracts=c.abstracts,
+        validation=c.test_fraction if c.validation else 0,
+    )
+    return dataclasses.replace(clients, remarks=(*clients.remarks, *remarks))
+
+
+def _rows_of(names: np.ndarray, who: np.ndarray) -> list[np.ndarray]:
+    """Where each of these names stands in `who`, ascending."""
+    order = np.argsort(who, kind="stable")
+    first, end = (np.searchsorted(who[order], names, side) for side in ("left", "right"))
+    return [order[i:j] for i, j in zip(first, end, strict=True)]
+
+
+def _characters(config: Experiment) -> Clients:
+    c = config.data
+    speeches = fd.load_speeches(data_dir=c.dir)
+    return tasks.next_character(speeches, c.test_fraction, c.seed, c.length, validation=c.validation)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(config: Experiment) -> pathlib.Path:
+    """Where the checkpoint lies.
+
+    >>> checkpoint_folder(Experiment(checkpoint="some/folder")).name
+    'folder'
+    """
+    assert config.checkpoint is not None, "validate() asks for one"
+    return minilm_folder() if config.checkpoint == "minilm" else pathlib.Path(config.checkpoint).expanduser()
+
+
+def load_tokenizer(config: Experiment) -> tokenizers.Tokenizer:
+    """The checkpoint's tokenizer.
+
+    >>> try: load_tokenizer(Experiment(checkpoint="nowhere"))
+    ... except FileNotFoundError as error: print(str(error).split(";")[0])
+    there is no nowhere/tokenizer.json
+    """
+    return fd.load_tokenizer(checkpoint_folder(config))
+
+
+def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
+    """Teacher and student for these clients, pretrained where the config says so.
+
+    >>> import jax
+    >>> config = Experiment(student=ModelConfig(hidden=(32,)), data=DataConfig(clients=3))
+    >>> model = build_models(config, build_data(config))["student"]
+    >>> sum(leaf.size for leaf in jax.tree.leaves(model.init(jax.random.key(0))))
+    2410
+    """
+    if config.teacher.kind != "transformer":
+        example, classes = clients.train.inputs[0], len(clients.classes)
+        return {name: _image_model(getattr(config, name), example, classes) for name in ("teacher", "student")}
+    assert clients.model is not None
+    weights = None
+    if config.checkpoint is not None and (config.teacher.pretrained or config.student.pretrained):
+        weights = _load_bert(checkpoint_folder(config))
+    models, heads = {}, {}
+    for name in ("teacher", "student"):
+        own: ModelConfig = getattr(config, name)
+        if weights is not None and own.pretrained:
+            sizes, params = weights
+            if own.depth > sizes.layers:
+                raise ConfigError(f"{name}.depth", own.depth, f"1 to the checkpoint's {sizes.layers} layers")
+            _check_tokens(config, sizes)
+            model = clients.model(dataclasses.replace(sizes, layers=own.depth, dtype=own.dtype))
+            models[name] = freeze(with_pretrained(model, params), is_fixed)
+        else:
+            sizes = {key: getattr(own, key) for key in ("width", "heads", "inner", "positions", "dtype")}
+            if config.checkpoint is not None:
+                tokenizer = load_tokenizer(config)
+                sizes |= {"vocab": tokenizer.get_vocab_size(), "pad": tokenizer.token_to_id("[PAD]")}
+            sizes = TransformerConfig(layers=own.depth, **sizes)
+            models[name] = freeze(clients.model(sizes), is_table)
+        heads[name] = sizes.heads
+    if heads["student"] != heads["teacher"] and any(
+        m.algorithm == "fedkd" and m.hidden for m in config.methods.values()
+    ):
+        allowed = f"the teacher's {heads['teacher']}, as fedkd compares attention maps unless hidden is false"
+        raise ConfigError("student.heads", heads["student"], allowed)
+    return models
+
+
+_load_bert = functools.lru_cache(maxsize=1)(load_bert)  # all methods start from the same arrays
+
+
+def _check_tokens(config: Experiment, sizes: TransformerConfig) -> None:
+    """Texts are padded by the tokenizer and read by the model: they must speak of the same tokens."""
+    tokenizer = load_tokenizer(config)
+    for name, own, theirs in (
+        ("padding token", sizes.pad, tokenizer.token_to_id("[PAD]")),
+        ("number of tokens", max(sizes.vocab, tokenizer.get_vocab_size()), sizes.vocab),
+    ):
+        if own != theirs:
+            allowed = f"a model and a tokenizer that agree; the {name} is {own} and {theirs}"
+            raise ConfigError("checkpoint", config.checkpoint, allowed)
+    for key in ("length", "test_length"):
+        if (getattr(config.data, key) or 0) > sizes.positions:
+            allowed = f"at most the model's positions, {sizes.positions}"
+            raise ConfigError(f"data.{key}", getattr(config.data, key), allowed)
+
+
+def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:
+    if config.kind == "cnn":
+        return cnn(example.shape, config.channels, config.hidden, classes, config.kernel)
+    return mlp((example.size, *config.hidden, classes))
+
+
+# ---- optimisers, codecs, algorithms ----------------------------------------------------------------------------------
+
+
+def local_steps_of(config: Experiment, method: MethodConfig, clients: Clients) -> tuple[int, int]:
+    """The steps of the largest client in a round, and in the run.
+
+    A client whose cohorts are drawn takes part more or less often than it is expected to: its run is three standard
+    deviations longer, so that no more than one in 700 comes to the end of it. `message="gradient"` steps once a round, on
+    the server.
+
+    >>> config = Experiment(rounds=3, data=DataConfig(clients=2, partition="iid"))
+    >>> local_steps_of(config, MethodConfig(), build_data(config))
+    (43, 129)
+    """
+    counts, rounds = np.asarray(clients.train.count), config.rounds
+    share = 1.0 if config.cohort is None else config.cohort / len(counts)
+    alone = method.algorithm == "centralised"  # one model, trained on all that the cohort holds
+    largest = math.ceil(counts.sum() * share) if alone else int(counts.max())
+    each = config.steps or config.epochs * math.ceil(largest / config.batch)
+    turns = rounds * share + 3 * math.sqrt(rounds * share * (1 - share))
+    return each, each * (rounds if alone else min(rounds, math.ceil(turns)))
+
+
+def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule | float:
+    """The learning rate of each of `steps` steps.
+
+    >>> rate = build_schedule(OptimizerConfig(learning_rate=1.0, schedule="linear", warmup=0.5), 8)
+    >>> [float(rate(step)) for step in (0, 2, 4, 6, 8)]
+    [0.25, 0.75, 1.0, 0.5, 0.0]
+    """
+    peak, rise = config.learning_rate, round(config.warmup * steps)
+    rest = max(steps - rise, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if rise:
+        return optax.join_schedules([lambda step: peak * (step + 1) / rise, after], [rise])
+    return peak if config.schedule == "constant" else after
+
+
+def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """An optax optimiser for so many steps, see `build_schedule`.
+
+    >>> build_optimizer(OptimizerConfig(name="sgd", learning_rate=0.1), 100).init(0.0)
+    (EmptyState(), EmptyState())
+    """
+    rate = build_schedule(config, steps)
+    if config.name == "sgd":
+        optimizer = optax.sgd(rate, config.momentum or None)
+    elif config.name == "adam":
+        optimizer = optax.adam(rate)
+    else:
+        optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
+    return (
+        optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    )
+
+
+def build_codec(method: MethodConfig, rounds: int) -> Codec:
+    """The codec of both directions.
+
+    >>> import jax
+    >>> codec = build_codec(MethodConfig(codec="svd", t_start=0.9), rounds=10)
+    >>> int(codec.encode({"w": np.ones((30, 20), np.float32)}, 0, jax.random.key(0)).ranks["w"])
+    1
+    """
+    if method.codec == "identity":
+        return identity_codec()
+    return svd_codec(
+        energy_threshold(method.t_start, method.t_end, rounds),
+        view=layer_view,
+        compressible=layer_compressible,
+        warm_start=method.warm_start,
+    )
+
+
+def build_algorithm(
+    config: Experiment, method: MethodConfig, clients: Clients, layout: Layout | None = None
+) -> Algorithm:
+    """A method as an `Algorithm` for these clients.
+
+    >>> config = Experiment(data=DataConfig(clients=3))
+    >>> sorted(build_algorithm(config, config.methods["FedKD"], build_data(config)).predict)
+    ['student', 'teacher']
+    """
+    if method.depth is not None:
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, depth=method.depth))
+    models = build_models(config, clients)
+    in_round, in_run = local_steps_of(config, method, clients)
+    shared_steps = in_round if method.reset_optimizer else in_run
+    if method.message == "gradient":  # the server's steps
+        shared_steps = config.rounds
+    codec = build_codec(method, config.rounds)
+    weight_fn = {"examples": example_weight, "uniform": uniform_weight}[method.weighting]
+    if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
+        layout = Layout(chunk=layout.chunk)
+    local = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
+    if method.algorithm == "fedkd":
+        own = config.projection_optimizer
+        flags = {key: getattr(method, key) for key in ("adaptive", "distill", "hidden", "stop_weight_gradient")}
+        return fedkd(
+            models["teacher"],
+            models["student"],
+            example=jax.tree.map(lambda x: x[:1], clients.train.inputs),
+            teacher_optimizer=build_optimizer(config.teacher_optimizer, in_run),
+            student_optimizer=build_optimizer(config.student_optimizer, shared_steps),
+            projection_optimizer=None if own is None else build_optimizer(own, in_run),
+            uplink=codec,
+            downlink=codec,
+            loss_fn=functools.partial(mutual_distillation, **flags),
+            project=method.project and method.hidden,
+            share_frozen=config.teacher.kind == "transformer"
+            and config.teacher.pretrained == config.student.pretrained,
+            message=method.message,
+            reset_student_optimizer=method.reset_optimizer,
+            weight_fn=weight_fn,
+            **local,
+        )
+    model = models[method.model]
+    optimizer = method.optimizer or getattr(config, f"{method.model}_optimizer")
+    optimizer = build_optimizer(optimizer, shared_steps if method.algorithm == "fedavg" else in_run)
+    if method.algorithm == "fedavg":
+        shared = dict(uplink=codec, downlink=codec, weight_fn=weight_fn, reset_optimizer=method.reset_optimizer)
+        return fedavg(model, optimizer=optimizer, **shared, **local)
+    if method.algorithm == "local_only":
+        return local_only(model, optimizer=optimizer, **local)
+    return centralised(model, optimizer=optimizer, **local)

@@ -1,0 +1,73 @@
+"""Laws of what a config is built into: the steps over which learning rates fall, and the schedules."""
+
+import dataclasses
+import functools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+import fedkd_jax.build
+from fedkd_jax.build import build_algorithm, build_data, build_optimizer, build_schedule, local_steps_of
+from fedkd_jax.config import DataConfig, Experiment, MethodConfig, OptimizerConfig
+from fedkd_jax.data import federate
+
+ONE = MethodConfig()
+
+
+@functools.cache
+def two_clients():
+    """With 30 and 6 examples."""
+    whole = build_data(Experiment(data=DataConfig(clients=2, partition="iid")))
+    parts = [np.arange(30), np.arange(30, 36)]
+    return dataclasses.replace(whole, train=federate(whole.train.inputs, whole.train.labels, parts))
+
+
+@pytest.fixture
+def steps_seen(monkeypatch):
+    seen, real = [], build_optimizer
+    monkeypatch.setattr(fedkd_jax.build, "build_optimizer", lambda own, steps: seen.append(steps) or real(own, steps))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [  # batch 4, 2 epochs, 5 rounds: the larger client makes 16 steps a round
+        (ONE, [80, 16]),
+        (dataclasses.replace(ONE, reset_optimizer=False), [80, 80]),
+        (dataclasses.replace(ONE, algorithm="fedavg"), [16]),
+        (dataclasses.replace(ONE, algorithm="fedavg", reset_optimizer=False), [80]),
+        (dataclasses.replace(ONE, algorithm="local_only"), [80]),
+        (dataclasses.replace(ONE, algorithm="centralised"), [90]),
+    ],
+)
+def test_a_learning_rate_falls_over_the_life_of_its_optimiser(steps_seen, method, steps):
+    build_algorithm(Experiment(rounds=5, batch=4, epochs=2), method, two_clients())
+    assert steps_seen == steps
+
+
+def test_the_server_of_gradients_steps_once_a_round(steps_seen):
+    build_algorithm(Experiment(rounds=5, steps=1), dataclasses.replace(ONE, message="gradient"), two_clients())
+    assert steps_seen == [5, 5]
+
+
+@given(st.integers(1, 40), st.integers(1, 2))
+def test_cohorts_come_to_the_end_of_a_run_at_most_by_chance(rounds, cohort):
+    in_round, in_run = local_steps_of(Experiment(rounds=rounds, batch=4, cohort=cohort), ONE, two_clients())
+    assert in_round == 8
+    assert in_round <= in_run <= in_round * rounds
+    turns = np.random.default_rng(0).binomial(rounds, cohort / 2, 1000)
+    assert (turns * in_round <= in_run).mean() > 0.99
+
+
+@given(st.integers(2, 60), st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.9))
+def test_a_schedule_rises_then_falls_and_is_never_zero_before_its_end(steps, schedule, warmup):
+    rate = build_schedule(OptimizerConfig(learning_rate=0.5, schedule=schedule, warmup=warmup), steps)
+    at = rate if callable(rate) else lambda step: rate
+    rise, rates = round(warmup * steps), np.array([float(at(step)) for step in range(steps)])
+    assert (rates > 0).all()
+    np.testing.assert_allclose(rates[:rise], 0.5 * np.arange(1, rise + 1) / max(rise, 1), rtol=1e-5)
+    share = np.arange(steps - rise) / max(steps - rise, 1)
+    fall = {"constant": np.ones_like(share), "linear": 1 - share, "cosine": (1 + np.cos(np.pi * share)) / 2}[schedule]
+    np.testing.assert_allclose(rates[rise:], 0.5 * fall, atol=1e-6)
