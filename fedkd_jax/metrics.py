@@ -102,15 +102,23 @@ token_accuracy = Metric(_token_hits, _mean)
 
 
 def _f_scores(counts: Callable[..., Counts]) -> dict[str, Metric]:
+    """From hits, predicted and actual. NaN where there is none of the latter two and so nothing to be right about."""
+
+    def share(hits: int, *of: str) -> Callable[[Counts], np.ndarray]:
+        total = lambda c: np.sum([np.asarray(c[name], np.float64) for name in of], axis=0)  # noqa: E731
+        some = lambda c: np.asarray(c["predicted"]) + np.asarray(c["actual"]) > 0  # noqa: E731
+        return lambda c: np.where(some(c), _ratio(hits * np.asarray(c["hits"]), total(c), 0.0), np.nan)
+
     return {
-        "precision": Metric(counts, lambda c: _ratio(c["hits"], c["predicted"], 0.0)),
-        "recall": Metric(counts, lambda c: _ratio(c["hits"], c["actual"], 0.0)),
-        "f1": Metric(counts, lambda c: _ratio(2 * c["hits"], c["predicted"] + c["actual"], 0.0)),
+        "precision": Metric(counts, share(1, "predicted")),
+        "recall": Metric(counts, share(1, "actual")),
+        "f1": Metric(counts, share(2, "predicted", "actual")),
     }
 
 
 def binary_f1(positive: int = 1) -> dict[str, Metric]:
-    """Precision, recall and F1 of one class, from logits `[B, C]` and labels `[B]`; 0 where undefined.
+    """Precision, recall and F1 of one class, from logits `[B, C]` and labels `[B]`; 0 where undefined, as in scikit-learn, but
+    NaN where the class neither is nor is predicted: such a client has no part in a mean over clients.
 
     Args:
         positive: the class.
@@ -153,7 +161,8 @@ def entity_f1(names: Sequence[str]) -> dict[str, Metric]:
         names: the C tags by label, "O", "B-TYPE" and "I-TYPE".
 
     Returns:
-        `{"precision", "recall", "f1"}`, over all entities of all batches; 0 where undefined.
+        `{"precision", "recall", "f1"}`, over all entities of all batches; 0 where undefined, as in seqeval, but NaN where there
+        is no entity and none is predicted.
 
     Raises:
         ValueError: another kind of tag, a tag twice; when used, if C is not the number of names.

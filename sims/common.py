@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import jax
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from fedkd_jax import Layout, client_mesh, report, simulate
+from fedkd_jax import Layout, client_mesh, init_state, report, simulate
 from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.tasks import Clients
@@ -128,6 +129,27 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     for layout, seconds in times.items():
         console.print(f"  chunk {layout.chunk}: {1e3 * seconds:.1f} ms a round")
     return min(times, key=lambda layout: times[layout])
+
+
+def check_memory(algorithms: Mapping[str, Algorithm], clients: Clients) -> None:
+    """Refuses methods whose clients' states do not fit this machine's memory, before anything is made.
+
+    Raises:
+        ValueError: naming the method and the bytes.
+
+    >>> from fedkd_jax.build import build_data
+    >>> config, clients = Experiment(), build_data(Experiment())
+    >>> check_memory({"FedKD": build_algorithm(config, config.methods["FedKD"], clients)}, clients)
+    """
+    limit, size = hardware.memory_bytes(), len(clients.parts)
+    for name, algorithm in algorithms.items():
+        state = jax.eval_shape(lambda a=algorithm: init_state(a, size, jax.random.key(0)))
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.clients))
+        if held > limit:
+            raise ValueError(
+                f"methods.{name} keeps states of {size:,} clients, {report.human_bytes(held)}; allowed: at most this machine's "
+                f"memory, {report.human_bytes(limit)} (fewer clients, smaller models, sgd, reset_optimizer)"
+            )
 
 
 def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: int = 3) -> list[float]:
@@ -275,15 +297,16 @@ def tell_remarks(folder: pathlib.Path, clients: Clients) -> None:
 
 
 def append_jsonl(path: pathlib.Path, record: dict) -> None:
-    """One line of JSON at the end of a file.
+    """One line of JSON at the end of a file; a number that is not finite becomes null.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
-    ...     append_jsonl(pathlib.Path(where) / "m.jsonl", {"round": 1}); (pathlib.Path(where) / "m.jsonl").read_text()
-    '{"round": 1}\\n'
+    ...     append_jsonl(path := pathlib.Path(where) / "m.jsonl", {"round": 1, "model/auc": float("nan")}); path.read_text()
+    '{"round": 1, "model/auc": null}\\n'
     """
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

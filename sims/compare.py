@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         clients = build_data(config)
         layout = common.choose_layout(config, options, clients)
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
+        common.check_memory(algorithms, clients)
         folder = common.run_folder(options, config.name)
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))

@@ -55,6 +55,20 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_bytes() -> int:
+    """What all devices together have for arrays: their own memory, or on a CPU that of the machine.
+
+    >>> memory_bytes() > 10**9
+    True
+    """
+    import jax
+
+    own = [device.memory_stats() or {} for device in jax.devices()]
+    if all("bytes_limit" in stats for stats in own):
+        return sum(stats["bytes_limit"] for stats in own)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def choose_devices(devices: int | None, cohort: int) -> int:
     """How many devices the client axis is split over: `devices` if given, else all there are but no more than clients.
 

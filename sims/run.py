@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         clients = build_data(config)
         layout = common.choose_layout(config, options, clients)
         algorithm = build_algorithm(config, method, clients, layout)
+        common.check_memory({name: algorithm}, clients)
         folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))

@@ -113,7 +113,7 @@ MALFORMED = [
     ("news", "N2\tsports\tgolf", "has 3 columns between tabs; allowed: 4 to 8"),
     ("news", "N2" + "\t" * 8, "has 9 columns between tabs; allowed: 4 to 8"),
     ("news", "\tsports\tgolf\ttitle", "has no id"),
-    ("news", "", "has 1 columns"),
+    ("news", "N2", "has 1 columns"),
     ("news", "N2\tsports\tgolf\t\udcff", "is not UTF-8"),
     ("behaviors", "2\tU1\ttime\tN1", "has 4 columns between tabs; allowed: 5"),
     ("behaviors", GOOD + "\tN1", "has 6 columns between tabs; allowed: 5"),
@@ -180,10 +180,10 @@ def test_folders_may_have_the_names_that_mind_gives_them(tmp_path, cache):
         load_news(tmp_path / "named", cache_dir=cache)
 
 
-def test_a_byte_order_mark_and_blanks_around_an_id_are_no_part_of_it(tmp_path, cache):
+def test_a_byte_order_mark_blanks_around_an_id_and_empty_lines_mean_nothing(tmp_path, cache):
     folder = write(tmp_path / "set", TINY)
     path = folder / "train" / "news.tsv"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"N1\t", b"N1 \t"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"N1\t", b"N1 \t") + b"\r\n\n")
     news = load_news(folder, cache_dir=cache)
     assert news.ids == ["", "N1"]
     assert news.splits["train"].unknown == 1  # N2

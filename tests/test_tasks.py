@@ -1,7 +1,9 @@
 """Laws of `fedkd_jax.tasks`, of the recommender, and of text from a config's files to a round."""
 
+import csv
 import dataclasses
 import functools
+import json
 from unittest import mock
 
 import chex
@@ -18,14 +20,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from fedkd_jax import Layout, evaluate, init_state, simulate
-from fedkd_jax.build import build_algorithm, build_data, load_tokenizer
-from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, validate
+from fedkd_jax.build import build_algorithm, build_data, build_models, load_tokenizer
+from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, to_yaml, validate
 from fedkd_jax.data import encode_texts, evaluation_rows, federate, load, load_news, training_rows
 from fedkd_jax.data.corpus_builders import TaggedWords
 from fedkd_jax.models import TransformerConfig, load_bert, recommender
 from fedkd_jax.models.recommender import Recommender
 from fedkd_jax.models.transformer import HIDDEN
 from fedkd_jax.tasks import SCORED_NEWS, Clients, recommendation, subset
+from sims import common, compare, hardware
 
 KEY = jax.random.key(5)
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "rash", "after", "Lithium", "no", "news", "today", "and", "rain"]
@@ -51,6 +54,8 @@ def folder(tmp_path, monkeypatch):
     (ade / "DRUG-AE.rel").write_text("\n".join(lines) + "\n")
     (ade / "ADE-NEG.txt").write_text("".join(f"{i} NEG no {unique[i]} today\n" for i in range(12)))
     for part, own in (("train", "a"), ("dev", "today"), ("test", "rain")):
+        table = "".join(f"{unique[i]} {own}\t{i % 2}\n" for i in range(12))
+        (reviews / "binary" / f"{part}.csv").write_text("sentences\tADR\n" + table)
         lines = f"{own}\tO\nrash\tB-ADR\n\nno\tO\n{own}\tO\n\n" * 3
         (reviews / "all" / f"{part}.txt").write_text(lines)
     for part, own in (("train", "a"), ("devel", "today"), ("test", "rain")):
@@ -86,6 +91,13 @@ def experiment(folder, task, name, **data):
 
 TASKS = {
     "detection": ("classification", "ade_corpus_v2", dict(partition="iid"), 3, ("precision", "recall", "f1")),
+    "reviews": (
+        "classification",
+        "psytar",
+        dict(partition="iid", split="train+test"),
+        3,
+        ("precision", "recall", "f1"),
+    ),
     "tagging": ("tagging", "psytar+ade_corpus_v2+bc5cdr", {}, 3, ("precision", "recall", "f1")),
     "recommendation": ("recommendation", "posts", dict(partition="iid"), 3, ("mrr", "ndcg@5", "ndcg@10", "auc")),
     "readers": ("recommendation", "posts", dict(partition="natural", natural="user"), 3, ("auc",)),
@@ -147,6 +159,59 @@ def test_pretrained_embeddings_are_held_once_and_never_sent(folder, case):
         assert list(state.server.frozen) == [owner]
         own = state.server.frozen[owner]["embeddings"]
         chex.assert_trees_all_equal_shapes_and_dtypes(own, jax.tree.map(jnp.asarray, weights["embeddings"]))
+
+
+def test_a_comparison_of_text_has_a_row_per_method_and_a_column_per_corpus(folder, tmp_path):
+    config = experiment(folder, "tagging", "psytar+ade_corpus_v2+bc5cdr", length=4)
+    methods = {
+        "teacher FedAvg": MethodConfig(algorithm="fedavg"),
+        "FedKD 1 layer": MethodConfig(codec="svd", depth=1),
+    }
+    config = dataclasses.replace(config, methods=methods, seeds=(0, 1), eval_every=2)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    out = compare.main([str(tmp_path / "config.yaml"), "--devices", "1", "--out", str(tmp_path / "out")])
+    with (out / "table.csv").open() as file:
+        rows = {(row["method"], row["model"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [("teacher FedAvg", "model"), ("FedKD 1 layer", "student"), ("FedKD 1 layer", "teacher")]
+    for row in rows.values():
+        for column in ("precision %", "recall %", "f1 %"):
+            assert " ± " in row[column]
+    assert rows["teacher FedAvg", "model"]["less"] == "1.0x"
+    assert float(rows["FedKD 1 layer", "student"]["less floats"][:-1]) > 1
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["seed"], r["round"]) for r in results] == [(m, s, 2) for m in methods for s in (0, 1)]
+    head, _, *each = (out / "clients.md").read_text().splitlines()
+    assert head == "| method | model | psytar | ade_corpus_v2 | bc5cdr |"
+    assert len(each) == len(rows)
+    assert "4 tokens" in (out / "remarks.txt").read_text()
+    assert (out / "f1.png").stat().st_size > 10_000
+
+
+def test_more_states_than_memory_are_told_before_they_are_made(folder, monkeypatch):
+    config = experiment(folder, "recommendation", "posts", partition="natural", natural="user")
+    clients = build_data(config)
+    algorithms = {"FedKD": build_algorithm(config, MethodConfig(), clients)}
+    common.check_memory(algorithms, clients)
+    monkeypatch.setattr(hardware, "memory_bytes", lambda: 10_000)
+    with pytest.raises(ValueError, match=r"methods\.FedKD keeps states of 3 clients, .* allowed: .* memory, 10\.00 kB"):
+        common.check_memory(algorithms, clients)
+
+
+def test_abstracts_are_read_after_titles(folder):
+    config = experiment(folder, "recommendation", "posts", partition="iid")
+    for part in ("train", "test"):
+        path = folder / "posts" / part / "news.tsv"
+        path.write_text("".join(f"{line}\train today\n" for line in path.read_text().splitlines()))
+    tables = []
+    for abstracts in (False, True):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, abstracts=abstracts))
+        model = build_models(config, build_data(config))["teacher"]
+        tables.append(model.init(KEY)["news"])
+    end = tables[0] == WORDS.index("[SEP]")
+    assert (np.argmax(tables[1] == WORDS.index("[SEP]"), 1)[1:] == np.argmax(end, 1)[1:] + 2).all()
+    words = [WORDS.index("rain"), WORDS.index("today")]
+    for row, at in zip(np.asarray(tables[1])[1:], np.argmax(end, 1)[1:], strict=True):
+        assert row[at : at + 2].tolist() == words
 
 
 def test_a_corpus_is_a_client_with_tags_of_its_own(folder):

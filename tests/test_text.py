@@ -112,10 +112,12 @@ def test_tagged_files_are_read_back(tmp_path, rows):
         assert read == [([w for w, _ in row], iob2([tag for _, tag in row])) for row in rows]
 
 
-@given(rows=st.lists(st.tuples(prose, st.sampled_from("01")), max_size=6))
-def test_tables_are_read_back(tmp_path, rows):
+@given(
+    rows=st.lists(st.tuples(prose, st.sampled_from("01")), max_size=6), encoding=st.sampled_from(["utf-8", "utf-8-sig"])
+)
+def test_tables_are_read_back(tmp_path, rows, encoding):
     path = tmp_path / "train.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding=encoding) as file:
         csv.writer(file, delimiter="\t").writerows([["n", "sentences", "ADR"], *(["1", *row] for row in rows)])
     assert read_psytar(path) == [(text, int(label)) for text, label in rows]
 
@@ -123,7 +125,7 @@ def test_tables_are_read_back(tmp_path, rows):
 def test_a_sentence_in_quotes_may_have_line_breaks(tmp_path):
     path = tmp_path / "dev.csv"
     path.write_text('sentences\tADR\n"One\n\ntwo"\t1\nthree\t0\nfour\t2\n')
-    with pytest.raises(ValueError, match=r"dev\.csv:6: "):
+    with pytest.raises(ValueError, match=r"dev\.csv, line 6: "):
         read_psytar(path)
     path.write_text(path.read_text().replace("\t2", "\t1"))
     assert read_psytar(path) == [("One\n\ntwo", 1), ("three", 0), ("four", 1)]
@@ -201,7 +203,7 @@ def test_a_malformed_line_is_an_error_that_names_file_and_line(tmp_path, case):
     path = tmp_path / "bad.file"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(GOOD_LINES.get(read, "\n").encode() + line + b"\n")
-    with pytest.raises(ValueError, match=rf"bad\.file:2: .*{words}"):
+    with pytest.raises(ValueError, match=rf"bad\.file, line 2: .*{words}"):
         read(path)
     path.write_bytes(GOOD_LINES.get(read, "\n").encode())
     read(path)
@@ -211,10 +213,10 @@ def test_files_without_their_head_are_an_error(tmp_path):
     path = tmp_path / "file"
     for text in ("", "text\tlabel\nrash\t1\n"):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"file:1: .*sentences and ADR"):
+        with pytest.raises(ValueError, match=r"file, line 1: .*sentences and ADR"):
             read_psytar(path)
     path.write_text("\nNobody says\nthis.\n\nAll:\nSpeak.\n")
-    with pytest.raises(ValueError, match=r"file:2: 'Nobody says' comes before"):
+    with pytest.raises(ValueError, match=r"file, line 2: 'Nobody says' comes before"):
         read_speeches(path)
 
 
@@ -325,7 +327,7 @@ def test_files_cut_elsewhere_are_not_taken_for_the_prepared_ones(tmp_path, cache
 
 def test_a_malformed_corpus_leaves_nothing_behind(tmp_path):
     (tmp_path / "DRUG-AE.rel").write_text(RELATION + "8|short\n")
-    with pytest.raises(ValueError, match=r"DRUG-AE\.rel:2: '8\|short' is not"):
+    with pytest.raises(ValueError, match=r"DRUG-AE\.rel, line 2: '8\|short' is not"):
         load_tagged("ade_corpus_v2", data_dir=tmp_path, cache_dir=tmp_path / "c")
     assert not list((tmp_path / "c").rglob("*array_record*"))
     (tmp_path / "DRUG-AE.rel").write_text(RELATION)
@@ -398,6 +400,14 @@ def test_texts_are_what_the_tokenizers_own_rules_give():
         want = [*ids[:15], 102] if len(ids) > 16 else [*ids, *[0] * (16 - len(ids))]
         assert row.tolist() == want
     assert tokens[0].tolist() == tokens[3].tolist() == [101, 102] + [0] * 14
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text():
+    """Otherwise it would be padding, or an end, in the middle."""
+    tokens = encode_texts(["No [PAD] rash [SEP] today"], real_tokenizer(), 16)[0].tolist()
+    end = tokens.index(102)
+    assert 0 not in tokens[:end] and set(tokens[end + 1 :]) == {0}
+    assert end > 5
 
 
 def test_an_invisible_word_does_not_shift_the_others(tokenizer):

@@ -236,6 +236,8 @@ def _lines(path, least, most):
     where = None
     with open(path, "rb") as file:  # in text mode a "\r" would end a line; csv would take stray quotes for its own
         for number, line in enumerate(file, 1):
+            if not line.strip(b"\r\n"):
+                continue
             where = f"{path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

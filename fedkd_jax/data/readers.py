@@ -1,10 +1,11 @@
 """Readers of text corpora as their authors distribute them: local files to plain lists, in the order of the files.
 
-Files are UTF-8 with either kind of line ending. A line that cannot be read is a ValueError that begins with
-`FILE:LINE:`; empty lines mean nothing except where the format says so. Nothing here knows tensorflow-datasets:
-`corpus_builders` prepares what is read here, `sources.load` and `corpora` hand it out.
+Files are UTF-8, with or without a byte-order mark, with either kind of line ending. A line that cannot be read is a
+ValueError that begins with `FILE, line LINE:`; empty lines mean nothing except where the format says so. Nothing here knows
+tensorflow-datasets: `corpus_builders` prepares what is read here, `sources.load` and `corpora` hand it out.
 """
 
+import codecs
 import csv
 import pathlib
 import re
@@ -209,7 +210,7 @@ def read_speeches(path: pathlib.Path) -> list[tuple[str, str]]:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     # Not `str.splitlines`, which also breaks at characters that may stand within a sentence.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         try:
             yield number, line.removesuffix(b"\r").decode()
         except UnicodeDecodeError as error:
@@ -217,4 +218,4 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def _malformed(path, number, words):
-    return ValueError(f"{path}:{number}: {words}")
+    return ValueError(f"{path}, line {number}: {words}")

@@ -19,7 +19,7 @@ BATCH = 1000  # texts handed to the tokenizer at once: bounds the encodings aliv
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a pretrained model, which neither pads nor truncates.
+    """The tokenizer of a pretrained model, which neither pads nor truncates, and to which "[PAD]" in a text is three words.
 
     Args:
       folder: with `tokenizer.json`, as the models on Hugging Face have it.
@@ -44,6 +44,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"{path} is not the file of a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # somebody's "[SEP]" is text like any other
     return tokenizer
 
 
@@ -225,7 +226,7 @@ def cached_texts(
     ...     tokens, cut, len(list(pathlib.Path(folder).rglob("*.npz")))
     (array([[1, 3, 2, 0]], dtype=int32), array([0], dtype=int32), 1)
     """
-    parts = ["encode_texts 2", texts, tokenizer.to_str(), length]
+    parts = ["encode_texts 3", texts, tokenizer.to_str(), length]
     tokens, cut = cached_arrays(parts, lambda: _encode_texts(texts, tokenizer, length), cache_dir)
     return tokens, cut
 
@@ -246,6 +247,6 @@ def cached_words(
     ...     cached_words([["rash"]], [[5]], tokenizer, 4, folder)
     (array([[1, 3, 2, 0]], dtype=int32), array([[-1,  5, -1, -1]], dtype=int32))
     """
-    parts = ["encode_words 1", words, tags, tokenizer.to_str(), length]
+    parts = ["encode_words 2", words, tags, tokenizer.to_str(), length]
     tokens, labels = cached_arrays(parts, lambda: encode_words(words, tags, tokenizer, length), cache_dir)
     return tokens, labels
