@@ -238,16 +238,17 @@ def recommendation(
             remarks.append(
                 f"{shown.unknown:,} of {entries:,} news read or shown in {name} impressions are in no news.tsv: without text"
             )
-    known = _known_clicks(train, test)
-    if known:
-        remarks.append(
-            f"{known:,} of {len(test):,} held-out impressions have a click that the same reader's training histories hold"
-        )
     inputs, labels, users = fd.training_rows(train, history=history, negatives=negatives, seed=seed)
     shown, clicked, readers, cut = fd.evaluation_rows(test, history=history, candidates=candidates)
-    if cut.any():
-        remarks.append(f"{np.count_nonzero(cut):,} of {len(cut):,} impressions were cut to {candidates} candidates")
     train_parts, test_parts = deal(users, readers)
+    evaluated = np.concatenate(test_parts)
+    known, long = _known_clicks(train, test.take(evaluated)), np.count_nonzero(cut[evaluated])
+    if known:
+        remarks.append(
+            f"{known:,} of {len(evaluated):,} held-out impressions have a click that the same reader's training histories hold"
+        )
+    if long:
+        remarks.append(f"{long:,} of {len(evaluated):,} impressions were cut to {candidates} candidates")
     return Clients(
         train=_federate("training", inputs, labels, train_parts),
         test=_federate("test", shown, clicked, test_parts),

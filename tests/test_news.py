@@ -1,5 +1,6 @@
 """Laws of `fedkd_jax.data.news`: files in MIND's format to a catalogue, impressions to rows."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedkd_jax.data.news as news_module
 from fedkd_jax.data.federated import federate
 from fedkd_jax.data.news import Impressions, evaluation_rows, load_news, read_behaviors, read_news, training_rows
 from fedkd_jax.data.partition import by_key
@@ -187,6 +189,16 @@ def test_a_byte_order_mark_blanks_around_an_id_and_empty_lines_mean_nothing(tmp_
     news = load_news(folder, cache_dir=cache)
     assert news.ids == ["", "N1"]
     assert news.splits["train"].unknown == 1  # N2
+
+
+def test_impressions_are_made_once(tmp_path, cache, monkeypatch):
+    first = load_news(write(tmp_path / "set", TINY), cache_dir=cache).splits["train"]
+    monkeypatch.setattr(news_module, "_read_impressions", lambda *_: pytest.fail("read again"))
+    again = load_news(tmp_path / "set", cache_dir=cache).splits["train"]
+    for field in dataclasses.fields(first):
+        one, other = (getattr(x, field.name) for x in (first, again))
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
 
 
 def test_the_same_files_under_another_split_are_another_set(tmp_path, cache):

@@ -330,7 +330,7 @@ def test_what_a_reader_of_the_results_has_to_know_is_told(folder):
     known = sum(news in learned.get(user, ()) for user, news in zip(splits["test"].user, clicked, strict=True))
     assert 0 < known < 9
     assert readers == (
-        f"{known} of 9 held-out impressions have a click that the same reader's training histories hold",
+        f"{known} of 8 held-out impressions have a click that the same reader's training histories hold",
         "1 of 9 impressions are of readers without training rows and are not evaluated",
     )
     behaviors = folder / "posts" / "test" / "behaviors.tsv"

@@ -34,7 +34,7 @@ def cached_arrays(
     Args:
       parts: all that the arrays depend on: strings, numbers, arrays, lists of them. The first should be a name with a
         version, to be raised when the same parts come to mean other arrays.
-      make_fn: called only where there is no such file; its arrays hold numbers.
+      make_fn: called only where there is no such file; its arrays hold numbers or fixed-width strings.
       cache_dir: as for `cache_folder`.
 
     >>> with tempfile.TemporaryDirectory() as folder:

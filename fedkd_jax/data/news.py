@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fedkd_jax.data.cache import Folder
+from fedkd_jax.data.cache import Folder, cached_arrays
 from fedkd_jax.data.sources import prepare_local
 
 SPLITS = ("train", "dev", "test")
@@ -133,7 +133,7 @@ def load_news(
         for kind in COLUMNS
     )
     columns, index = _catalogue(table, splits)
-    impressions = {split: _impressions(behaviors, split, index) for split in splits}
+    impressions = {split: _impressions(behaviors, table, split, index, cache_dir) for split in splits}
     if "test" not in splits and "dev" in splits:
         impressions["test"] = impressions.pop("dev")
     return News(**columns, splits=impressions)
@@ -301,7 +301,20 @@ def _catalogue(builder, splits):
     return dict(zip(names, columns, strict=True)), index
 
 
-def _impressions(builder, split, index):
+def _impressions(behaviors, table, split, index, cache_dir):
+    """The arrays are remembered, as making them is slow: 65,000 impressions took 4 s."""
+    parts = [
+        "impressions 1",
+        str(behaviors.data_path),
+        str(table.data_path),
+        split,
+    ]  # folders that go by the files' content
+    arrays = cached_arrays(parts, lambda: _read_impressions(behaviors, split, index), cache_dir)
+    return Impressions(**dict(zip((f.name for f in dataclasses.fields(Impressions)), arrays, strict=True)))
+
+
+def _read_impressions(builder, split, index):
+    """The fields of `Impressions`, in their order."""
     users, clicked, parts = [], [], []
     for rows in _chunks(builder, split):
         users += [row["user"].decode() for row in rows]
@@ -311,14 +324,9 @@ def _impressions(builder, split, index):
         )
     history, read, candidates, offered = (np.concatenate(part) for part in zip(*parts, strict=True))
     labels = np.frombuffer(b"".join(clicked), np.int8)
-    return Impressions(
-        user=np.array(users),
-        history=history,
-        history_offset=np.append(0, np.cumsum(read)),
-        candidates=candidates,
-        clicked=np.where(labels == ord("-"), np.int8(-1), labels - np.int8(ord("0"))),
-        candidate_offset=np.append(0, np.cumsum(offered)),
-    )
+    labels = np.where(labels == ord("-"), np.int8(-1), labels - np.int8(ord("0")))
+    offsets = (np.append(0, np.cumsum(count)) for count in (read, offered))
+    return [np.array(users), history, next(offsets), candidates, labels, next(offsets)]
 
 
 def _look_up(texts, index):
