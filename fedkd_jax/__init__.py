@@ -18,7 +18,15 @@ from fedkd_jax.types import (
     ServerState,
     State,
 )
-from fedkd_jax.losses import cross_entropy, hidden_loss, kl_divergence, layer_map, mutual_distillation, task_terms
+from fedkd_jax.losses import (
+    cross_entropy,
+    hidden_loss,
+    kl_divergence,
+    layer_map,
+    mutual_distillation,
+    per_example,
+    task_terms,
+)
 from fedkd_jax.svd import (
     energy_threshold,
     factorise,
@@ -28,13 +36,38 @@ from fedkd_jax.svd import (
     truncated_svd,
     weighted_product,
 )
-from fedkd_jax.codecs import identity_codec, payload_bytes, payload_floats, svd_codec
+from fedkd_jax.codecs import (
+    chain,
+    error_feedback,
+    identity_codec,
+    payload_bytes,
+    payload_floats,
+    power_codec,
+    quantise,
+    server_sketch_codec,
+    sketch_codec,
+    svd_codec,
+    top_k,
+)
 from fedkd_jax.local import local_steps
 from fedkd_jax.aggregate import example_weight, uniform_weight
 from fedkd_jax.cohort import client_key, put, sample_cohort, take
 from fedkd_jax.parallel import Layout, client_mesh, map_clients
 from fedkd_jax.rounds import federated_round
-from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
+from fedkd_jax.algorithms import (
+    centralised,
+    fedavg,
+    feddropout,
+    fedkd,
+    fedpaq,
+    fedprox,
+    fetchsgd,
+    fml,
+    keep_units,
+    local_only,
+    mutual_learning,
+    scaffold,
+)
 from fedkd_jax.population import init_state
 from fedkd_jax.evaluate import evaluate
 from fedkd_jax.metrics import Metric, accuracy, binary_f1, entity_f1, ranking, token_accuracy

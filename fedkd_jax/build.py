@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,10 +17,22 @@ import tokenizers
 from fedkd_jax import data as fd
 from fedkd_jax import tasks
 from fedkd_jax.aggregate import example_weight, uniform_weight
-from fedkd_jax.algorithms import centralised, fedavg, fedkd, local_only
-from fedkd_jax.codecs import identity_codec, svd_codec
+from fedkd_jax.algorithms import (
+    centralised,
+    fedavg,
+    feddropout,
+    fedkd,
+    fedpaq,
+    fedprox,
+    fetchsgd,
+    fml,
+    keep_units,
+    local_only,
+    scaffold,
+)
+from fedkd_jax.codecs import chain, error_feedback, identity_codec, power_codec, quantise, svd_codec, top_k
 from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, OptimizerConfig
-from fedkd_jax.losses import mutual_distillation
+from fedkd_jax.losses import mutual_distillation, per_example
 from fedkd_jax.models import (
     TransformerConfig,
     cnn,
@@ -31,12 +44,15 @@ from fedkd_jax.models import (
     load_bert,
     minilm_folder,
     mlp,
+    split_params,
     with_pretrained,
 )
 from fedkd_jax.parallel import Layout
 from fedkd_jax.svd import energy_threshold
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, Codec, Model
+
+SKETCH_ROWS = 5
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -324,22 +340,30 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
     )
 
 
-def build_codec(method: MethodConfig, rounds: int) -> Codec:
-    """The codec of both directions.
+def build_codecs(method: MethodConfig, rounds: int) -> dict[str, Codec | None]:
+    """The codecs of both directions, None where a message is raw.
 
     >>> import jax
-    >>> codec = build_codec(MethodConfig(codec="svd", t_start=0.9), rounds=10)
-    >>> int(codec.encode({"w": np.ones((30, 20), np.float32)}, 0, jax.random.key(0)).ranks["w"])
+    >>> codecs = build_codecs(MethodConfig(codec="svd", t_start=0.9, directions="uplink"), rounds=10)
+    >>> codecs["downlink"] is None
+    True
+    >>> int(codecs["uplink"].encode({"w": np.ones((30, 20), np.float32)}, 0, jax.random.key(0)).ranks["w"])
     1
     """
-    if method.codec == "identity":
-        return identity_codec()
-    return svd_codec(
-        energy_threshold(method.t_start, method.t_end, rounds),
-        view=layer_view,
-        compressible=layer_compressible,
-        warm_start=method.warm_start,
-    )
+    matrices: dict[str, Any] = dict(view=layer_view, compressible=layer_compressible)
+    codec = {
+        "identity": identity_codec,
+        "svd": lambda: svd_codec(
+            energy_threshold(method.t_start, method.t_end, rounds), warm_start=method.warm_start, **matrices
+        ),
+        "power": lambda: power_codec(method.rank, **matrices),
+        "top_k": lambda: top_k(method.share),
+    }[method.codec]()
+    if method.bits is not None:
+        codec = quantise(method.bits) if method.codec == "identity" else chain(codec, quantise(method.bits))
+    if method.feedback:
+        codec = error_feedback(codec)
+    return {way: codec if method.directions in ("both", way) else None for way in ("uplink", "downlink")}
 
 
 def build_algorithm(
@@ -358,38 +382,64 @@ def build_algorithm(
     shared_steps = in_round if method.reset_optimizer else in_run
     if method.message == "gradient":  # the server's steps
         shared_steps = config.rounds
-    codec = build_codec(method, config.rounds)
-    weight_fn = {"examples": example_weight, "uniform": uniform_weight}[method.weighting]
+    codecs: dict[str, Any] = build_codecs(method, config.rounds)
+    own = method.server_optimizer
+    server: dict[str, Any] = {} if own is None else {"server_optimizer": build_optimizer(own, config.rounds)}
+    weights: dict[str, Any] = {"weight_fn": {"examples": example_weight, "uniform": uniform_weight}[method.weighting]}
     if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
         layout = Layout(chunk=layout.chunk)
-    local = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
-    if method.algorithm == "fedkd":
+    local: dict[str, Any] = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
+    if method.algorithm in ("fedkd", "fml"):
+        options: dict[str, Any] = dict(
+            teacher_optimizer=build_optimizer(config.teacher_optimizer, in_run),
+            student_optimizer=build_optimizer(config.student_optimizer, shared_steps),
+            share_frozen=config.teacher.kind == "transformer"
+            and config.teacher.pretrained == config.student.pretrained,
+            reset_student_optimizer=method.reset_optimizer,
+            **codecs,
+            **server,
+            **weights,
+            **local,
+        )
+        if method.algorithm == "fml":
+            return fml(models["teacher"], models["student"], alpha=method.alpha, beta=method.beta, **options)
         own = config.projection_optimizer
-        flags = {key: getattr(method, key) for key in ("adaptive", "distill", "hidden", "stop_weight_gradient")}
+        flags = ("adaptive", "distill", "hidden", "mutual", "stop_weight_gradient")
+        loss_fn = functools.partial(mutual_distillation, **{key: getattr(method, key) for key in flags})
         return fedkd(
             models["teacher"],
             models["student"],
             example=jax.tree.map(lambda x: x[:1], clients.train.inputs),
-            teacher_optimizer=build_optimizer(config.teacher_optimizer, in_run),
-            student_optimizer=build_optimizer(config.student_optimizer, shared_steps),
             projection_optimizer=None if own is None else build_optimizer(own, in_run),
-            uplink=codec,
-            downlink=codec,
-            loss_fn=functools.partial(mutual_distillation, **flags),
+            loss_fn=per_example(loss_fn) if method.per_example else loss_fn,
             project=method.project and method.hidden,
-            share_frozen=config.teacher.kind == "transformer"
-            and config.teacher.pretrained == config.student.pretrained,
             message=method.message,
-            reset_student_optimizer=method.reset_optimizer,
-            weight_fn=weight_fn,
-            **local,
+            **options,
         )
     model = models[method.model]
-    optimizer = method.optimizer or getattr(config, f"{method.model}_optimizer")
-    optimizer = build_optimizer(optimizer, shared_steps if method.algorithm == "fedavg" else in_run)
-    if method.algorithm == "fedavg":
-        shared = dict(uplink=codec, downlink=codec, weight_fn=weight_fn, reset_optimizer=method.reset_optimizer)
-        return fedavg(model, optimizer=optimizer, **shared, **local)
+    settings = method.optimizer or getattr(config, f"{method.model}_optimizer")
     if method.algorithm == "local_only":
-        return local_only(model, optimizer=optimizer, **local)
-    return centralised(model, optimizer=optimizer, **local)
+        return local_only(model, optimizer=build_optimizer(settings, in_run), **local)
+    if method.algorithm == "centralised":
+        return centralised(model, optimizer=build_optimizer(settings, in_run), **local)
+    if method.algorithm == "scaffold":
+        share = 1.0 if config.cohort is None else config.cohort / len(clients.parts)
+        return scaffold(model, learning_rate=settings.learning_rate, participation=share, **codecs, **server, **local)
+    shared = local | server | weights
+    shared["optimizer"] = build_optimizer(settings, shared_steps)
+    if method.algorithm == "fedprox":
+        return fedprox(model, mu=method.mu, **codecs, **shared)
+    if method.algorithm == "feddropout":
+        return feddropout(model, sub_model=keep_units(method.share), **shared)
+    shared["reset_optimizer"] = method.reset_optimizer
+    if method.algorithm == "fedpaq":
+        assert method.bits is not None, "validate() asks for them"
+        downlink_bits = 32 if method.directions == "uplink" else method.bits
+        return fedpaq(model, bits=method.bits, downlink_bits=downlink_bits, **shared)
+    if method.algorithm == "fetchsgd":
+        params, _ = jax.eval_shape(lambda: split_params(model, model.init(jax.random.key(0))))
+        size = sum(x.size for x in jax.tree.leaves(params))
+        columns = max(1, round(method.sketch * size / SKETCH_ROWS))
+        sizes = dict(rows=SKETCH_ROWS, columns=columns, share=method.share, momentum=method.momentum)
+        return fetchsgd(model, **sizes, **shared)
+    return fedavg(model, **codecs, **shared)

@@ -115,22 +115,53 @@ class MethodConfig:
     'identity'
     """
 
-    algorithm: Literal["fedkd", "fedavg", "local_only", "centralised"] = "fedkd"
-    model: Literal["teacher", "student"] = "teacher"  # what fedavg, local_only and centralised train
+    algorithm: Literal[
+        "fedkd",
+        "fedavg",
+        "fedprox",
+        "scaffold",
+        "fedpaq",
+        "fetchsgd",
+        "feddropout",
+        "fml",
+        "local_only",
+        "centralised",
+    ] = "fedkd"
+    model: Literal["teacher", "student"] = "teacher"  # what all but fedkd and fml train
     depth: int | None = None  # of the student, a transformer, instead of student.depth
-    codec: Literal["identity", "svd"] = "identity"  # both ways
+    # what an update becomes: all its numbers; factors of rising energy; factors of a given rank; its largest numbers
+    codec: Literal["identity", "svd", "power", "top_k"] = "identity"
+    directions: Literal["both", "uplink", "downlink"] = (
+        "both"  # the ways for which that and `bits` are; the other is raw
+    )
     t_start: float = 0.95  # energy kept in the first round, of codec "svd"
     t_end: float = 0.98  # and in the last
-    warm_start: bool = False  # begin each factorisation with the directions of the sender's last message
+    warm_start: bool = (
+        False  # of codec "svd": begin each factorisation with the directions of the sender's last message
+    )
+    rank: int = 4  # of codec "power"
+    share: float = (
+        0.1  # of codec "top_k" and of fetchsgd the numbers that are sent, of feddropout the units that are kept
+    )
+    bits: int | None = None  # numbers go as integers of so many bits, after the codec; of fedpaq, which needs them
+    feedback: bool = False  # add to each message what the last one lost
     adaptive: bool = True  # divide by L_t + L_s
     distill: bool = True
     hidden: bool = True
+    mutual: bool = True  # False: the teacher learns from the labels alone
     project: bool = True  # learnable W_h
     stop_weight_gradient: bool = False
+    per_example: bool = False  # a weight 1 / (L_t + L_s) for each example
     message: Literal["update", "gradient"] = "update"
+    mu: float = 0.01  # of fedprox, the weight of the proximal term
+    sketch: float = 0.25  # of fetchsgd, the numbers of a sketch as a share of the model's
+    momentum: float = 0.9  # of fetchsgd's server
+    alpha: float = 0.5  # of fml, the weight of the labels in a teacher's loss
+    beta: float = 0.5  # and in a student's
     reset_optimizer: bool = True  # of what is shared, each round
     weighting: Literal["examples", "uniform"] = "examples"
-    optimizer: OptimizerConfig | None = None  # instead of the one that belongs to `model`; not for fedkd
+    optimizer: OptimizerConfig | None = None  # instead of the one that belongs to `model`; not for fedkd and fml
+    server_optimizer: OptimizerConfig | None = None  # by default the mean update is added as it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,12 +265,35 @@ def from_dict(kind: Any, value: Any, key: str = "") -> Any:
 
 
 # the keys of `data` that not every task reads, and those that do
-_READERS = {
+_DATA_READERS = {
     **dict.fromkeys(("split", "download", "alpha", "shards_per_client", "min_examples"), ("classification",)),
     **dict.fromkeys(("partition", "natural", "clients"), ("classification", "recommendation")),
     **dict.fromkeys(("history", "negatives", "candidates", "abstracts"), ("recommendation",)),
     "examples": ("classification", "tagging", "recommendation"),
     "test_length": ("tagging",),
+}
+
+
+# the keys of a method that not every algorithm reads, and those that do
+_SHARED = ("fedkd", "fml", "fedavg", "fedprox", "scaffold", "fedpaq", "fetchsgd", "feddropout")
+_METHOD_READERS = {
+    **dict.fromkeys(("codec", "feedback"), ("fedkd", "fml", "fedavg", "fedprox", "scaffold")),
+    **dict.fromkeys(("bits", "directions"), ("fedkd", "fml", "fedavg", "fedprox", "scaffold", "fedpaq")),
+    **dict.fromkeys(("adaptive", "distill", "hidden", "mutual", "project"), ("fedkd",)),
+    **dict.fromkeys(("stop_weight_gradient", "per_example", "message"), ("fedkd",)),
+    **dict.fromkeys(("alpha", "beta"), ("fml",)),
+    **dict.fromkeys(("sketch", "momentum"), ("fetchsgd",)),
+    "mu": ("fedprox",),
+    "model": ("fedavg", "fedprox", "scaffold", "fedpaq", "fetchsgd", "feddropout", "local_only", "centralised"),
+    "reset_optimizer": ("fedkd", "fml", "fedavg", "fedpaq", "fetchsgd"),
+    "server_optimizer": _SHARED,
+    "weighting": tuple(name for name in _SHARED if name != "scaffold"),
+}
+# the keys of one codec, and the algorithms that read them beside it
+_CODEC_READERS = {
+    **dict.fromkeys(("t_start", "t_end", "warm_start"), ("svd", ())),
+    "rank": ("power", ()),
+    "share": ("top_k", ("fetchsgd", "feddropout")),
 }
 
 
@@ -302,7 +356,7 @@ def _validate_data(config: Experiment) -> None:
         _check(config.checkpoint is None, "checkpoint", config.checkpoint, allowed)
     plain = DataConfig()
     for key, value in dataclasses.asdict(data).items():
-        readers = _READERS.get(key, (data.task,))
+        readers = _DATA_READERS.get(key, (data.task,))
         unused = data.task in readers or value == getattr(plain, key)
         _check(unused, f"data.{key}", value, f"left out, as only {' and '.join(readers)} reads it")
     if config.cohort is not None:
@@ -345,7 +399,9 @@ def _validate_optimizers(config: Experiment) -> None:
     optimizers = {f"{name}_optimizer": getattr(config, f"{name}_optimizer") for name in ("teacher", "student")}
     if config.projection_optimizer is not None:
         optimizers["projection_optimizer"] = config.projection_optimizer
-    optimizers |= {f"methods.{name}.optimizer": m.optimizer for name, m in config.methods.items() if m.optimizer}
+    for name, method in config.methods.items():
+        own = {key: getattr(method, key) for key in ("optimizer", "server_optimizer")}
+        optimizers |= {f"methods.{name}.{key}": value for key, value in own.items() if value is not None}
     for key, optimizer in optimizers.items():
         _check(optimizer.learning_rate > 0, f"{key}.learning_rate", optimizer.learning_rate, "a number above 0")
         _check(0 <= optimizer.momentum < 1, f"{key}.momentum", optimizer.momentum, "0 up to 1, 1 excluded")
@@ -361,17 +417,55 @@ def _validate_methods(config: Experiment) -> None:
     _check(len(config.methods) > 0, "methods", config.methods, "one method or more")
     for name, method in config.methods.items():
         key = f"methods.{name}"
-        for t in ("t_start", "t_end"):
-            _check(0 < getattr(method, t) <= 1, f"{key}.{t}", getattr(method, t), "a share of energy in (0, 1]")
-        one_step = method.message == "update" or (config.steps == 1 and method.algorithm == "fedkd")
-        own = method.optimizer is None or method.algorithm != "fedkd"
-        _check(own, f"{key}.optimizer", method.optimizer, "null for fedkd; see teacher_optimizer and student_optimizer")
-        used = text and (method.algorithm == "fedkd" or method.model == "student")
-        fits = method.depth is None or (used and 1 <= method.depth <= deepest)
-        _check(
-            fits, f"{key}.depth", method.depth, f"null, or for a transformer as student 1 to the teacher's {deepest}"
+
+        def check(ok: bool, field: str, allowed: str, key=key, method=method):
+            _check(ok, f"{key}.{field}", getattr(method, field), allowed)
+
+        own, plain = method.algorithm, MethodConfig()
+        for field in dataclasses.asdict(method):
+            readers = _METHOD_READERS.get(field, (own,))
+            unused = getattr(method, field) == getattr(plain, field)
+            check(own in readers or unused, field, f"left out, as only {', '.join(readers)} read it")
+            codec, others = _CODEC_READERS.get(field, (method.codec, ()))
+            read = method.codec == codec or own in others
+            check(read or unused, field, f"left out, as only {' and '.join((f'codec {codec!r}', *others))} read it")
+        plainly = method.codec == "identity" and method.bits is None
+        for field in ("directions", "feedback"):
+            unused = getattr(method, field) == getattr(plain, field)
+            check(not plainly or unused, field, "left out, as nothing is lost without a codec or bits")
+        for field, reader in (("project", "hidden"), ("stop_weight_gradient", "adaptive")):
+            unused = getattr(method, field) == getattr(plain, field)
+            check(getattr(method, reader) or unused, field, f"left out where {reader} is false")
+        check(method.bits != 2 or not method.feedback, "bits", "3 or more with feedback, as errors grow with 2")
+        lossless = own != "scaffold" or plainly or method.feedback
+        check(lossless, "feedback", "true for scaffold with a codec or bits, or its variates drift")
+        hidden = own != "feddropout" or text or len(getattr(config, method.model).hidden) > 0
+        check(hidden, "algorithm", f"feddropout only with {method.model}.hidden layers, whose units it drops")
+        for field in ("t_start", "t_end", "share"):
+            check(0 < getattr(method, field) <= 1, field, "a share in (0, 1]")
+        check(method.rank >= 1, "rank", "at least 1")
+        check(method.bits is None or 2 <= method.bits <= 16, "bits", "2 to 16, or null")
+        check(method.bits is not None or own != "fedpaq", "bits", "2 to 16 for fedpaq")
+        check(0 <= method.mu < float("inf"), "mu", "0 or more")
+        check(0 < method.sketch < float("inf"), "sketch", "a share above 0")
+        check(0 <= method.momentum < 1, "momentum", "0 up to 1, 1 excluded")
+        for field in ("alpha", "beta"):
+            check(0 <= getattr(method, field) <= 1, field, "0 to 1")
+        check(
+            own not in ("fedkd", "fml") or method.optimizer is None,
+            "optimizer",
+            f"null for {own}; see teacher_optimizer",
         )
-        _check(one_step, f"{key}.message", method.message, "'update'; 'gradient' needs algorithm 'fedkd' and steps: 1")
+        used = text and (own in ("fedkd", "fml") or method.model == "student")
+        fits = method.depth is None or (used and 1 <= method.depth <= deepest)
+        check(fits, "depth", f"null, or for a transformer as student 1 to the teacher's {deepest}")
+        check(own != "fedpaq" or method.directions != "downlink", "directions", "'both' or 'uplink' for fedpaq")
+        one_step = method.message == "update" or config.steps == 1
+        check(one_step, "message", "'update'; 'gradient' needs steps: 1")
+        if own == "scaffold":
+            plain_sgd = method.optimizer or getattr(config, f"{method.model}_optimizer")
+            fits = plain_sgd == OptimizerConfig(name="sgd", learning_rate=plain_sgd.learning_rate)
+            _check(fits, f"{key}.optimizer", plain_sgd, "sgd with a learning_rate and nothing else for scaffold")
     known = config.baseline is None or config.baseline in config.methods
     _check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
 

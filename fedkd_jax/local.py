@@ -63,6 +63,18 @@ def gather_batch(data: FederatedData, order: Int[Array, "n"], step: Int[Array, "
     return Batch(inputs=jax.tree.map(read, data.inputs), labels=read(data.labels), mask=mask)
 
 
+def count_steps(
+    count: Int[Array, ""] | int, *, batch: int, epochs: int = 1, steps: int | None = None
+) -> Int[jax.Array, ""]:
+    """How many local steps a client with so many examples makes: `epochs` of ceil(count / batch), or `steps` if it has any.
+
+    >>> [int(count_steps(n, batch=4, epochs=2)) for n in (0, 3, 9)], int(count_steps(9, batch=4, steps=5))
+    ([0, 2, 6], 5)
+    """
+    count = jnp.asarray(count, jnp.int32)
+    return epochs * ((count + batch - 1) // batch) if steps is None else jnp.where(count > 0, steps, 0)
+
+
 def local_steps(
     step_fn: StepFn,
     carry: Any,
@@ -101,8 +113,8 @@ def local_steps(
     size = -(-data.max_count // batch) * batch
     rows = size if steps is None else min(size, steps * batch)
     count = jnp.asarray(data.count, jnp.int32)
-    per_epoch = (count + batch - 1) // batch
-    total = epochs * per_epoch if steps is None else jnp.where(count > 0, steps, 0)
+    per_epoch = count_steps(count, batch=batch)
+    total = count_steps(count, batch=batch, epochs=epochs, steps=steps)
     order_key, step_key = jax.random.split(key)
     if rows >= data.max_count:
         data = own_rows(data)  # a gather out of a small array is cheaper

@@ -5,7 +5,7 @@ every value and gradient, whatever its logits or label hold.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +193,7 @@ def mutual_distillation(
     adaptive: bool = True,
     distill: bool = True,
     hidden: bool = True,
+    mutual: bool = True,
     stop_weight_gradient: bool = False,
 ) -> LossTerms:
     """All losses of one client on one batch, eqs. 1-7.
@@ -214,6 +215,7 @@ def mutual_distillation(
         adaptive: False divides by 1.
         distill: False drops D_t and D_s.
         hidden: False drops Hid.
+        mutual: False lets the teacher learn from the labels alone; the student still learns from it.
         stop_weight_gradient: True treats w as a constant.
 
     Returns:
@@ -244,9 +246,38 @@ def mutual_distillation(
         teacher_distill=teacher_distill,
         student_distill=student_distill,
         hidden=hid,
-        teacher_total=teacher_distill + hid + teacher_task,
+        teacher_total=teacher_distill + hid + teacher_task if mutual else teacher_task,
         student_total=student_distill + hid + student_task,
     )
+
+
+def per_example(loss_fn: Callable[..., LossTerms]) -> Callable[..., LossTerms]:
+    """A loss of a batch as the mean of the losses of its examples, each with an adaptive weight 1 / (L_t + L_s) of its own.
+
+    The paper's weight is one of the whole batch. Examples that are masked whole do not count.
+
+    Args:
+        loss_fn: `(teacher, student, labels, mask, projection) -> LossTerms`, such as `mutual_distillation`.
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = Outputs(jnp.array([[2.0, 0.0], [0.0, 0.0]])), Outputs(jnp.array([[0.0, 0.0], [1.0, 0.0]]))
+    >>> labels, mask = jnp.array([0, 0]), jnp.array([True, True])
+    >>> whole = per_example(mutual_distillation)(teacher, student, labels, mask)
+    >>> each = [mutual_distillation(*(Outputs(x.logits[i : i + 1]) for x in (teacher, student)), labels[i : i + 1],
+    ...                             mask[i : i + 1]) for i in (0, 1)]
+    >>> bool(jnp.isclose(whole.teacher_distill, (each[0].teacher_distill + each[1].teacher_distill) / 2))
+    True
+    """
+
+    def loss(teacher: Outputs, student: Outputs, labels, mask, projection=None) -> LossTerms:
+        alone = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
+        one = lambda t, s, y, m: loss_fn(alone(t), alone(s), alone(y), alone(m), projection)  # noqa: E731
+        terms = jax.vmap(one)(teacher, student, jnp.asarray(labels), jnp.asarray(mask))
+        counts = jnp.any(jnp.asarray(mask, bool).reshape(len(labels), -1), axis=1)
+        mean = lambda x: jnp.where(counts, x, 0.0).sum() / jnp.maximum(counts.sum(), 1)  # noqa: E731
+        return jax.tree.map(mean, terms)
+
+    return loss
 
 
 def task_terms(*, teacher: Array | None = None, student: Array | None = None) -> LossTerms:

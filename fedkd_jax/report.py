@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,7 +88,7 @@ def table_rows(
     Returns:
         Rows of strings: method, model, metrics over all examples and the last of them per client, in percent, mean and
         standard deviation over seeds, traffic per client in bytes, up, down and both, and in the paper's float count, and how
-        many times less than the baseline each of the two is ("less floats" is what compares with the paper's table).
+        many times less than the baseline each of the two is. For what is not quantised "less floats" is the paper's.
 
     Raises:
         ValueError: a method without a model that has them.
@@ -120,6 +121,91 @@ def table_rows(
                 for column, count in (("less", costs), ("less floats", floats)):
                     row[column] = f"{count[baseline] / count[method]:.1f}x" if sent and costs[baseline] else "-"
             rows.append(row)
+    return rows
+
+
+def significance_rows(
+    runs: Mapping[str, Sequence[Sequence[Record]]], metric: str, baselines: Sequence[str]
+) -> list[dict[str, str]]:
+    """How sure a difference is: each row's mean with its 95 % interval, and a paired test against the best baseline.
+
+    The interval is Student's, of the mean over seeds; the test is the two-sided paired t-test over seeds, as in the paper.
+    Seeds are the same for all methods, so that they are pairs; with few of them only large differences show.
+
+    Args:
+        runs: as in `table_rows`, two seeds or more.
+        metric: which metric.
+        baselines: the methods of which the one with the highest mean is what others are tested against.
+
+    Returns:
+        Rows of strings: method, model, mean and half width of the interval in percent, the difference from the best baseline
+        in points, and p; "-" for the baseline itself, and for p where all seeds differ by the same.
+
+    Raises:
+        ValueError: fewer than two seeds, or no baseline among the methods that has a finite value for each seed.
+
+    >>> def runs(*values): return [[{"model/f1": v}] for v in values]
+    >>> rows = significance_rows({"FedAvg": runs(0.60, 0.62, 0.61), "ours": runs(0.71, 0.72, 0.73)}, "f1", ["FedAvg"])
+    >>> rows[0]["difference"], rows[1]["f1 %"], rows[1]["difference"], rows[1]["p"]
+    ('-', '72.00 ± 2.48', '+11.00', '0.0027')
+    """
+    values = {
+        (method, model): 100 * np.array([run[-1][f"{model}/{metric}"] for run in seeds])
+        for method, seeds in runs.items()
+        for model in _models(seeds[0][-1], metric)
+    }
+    few = min(map(len, values.values()))
+    if few < 2:
+        raise ValueError(f"runs has {few} seed of a method; allowed: two or more, for a deviation")
+    known = [row for row in values if row[0] in baselines and np.isfinite(values[row]).all()]
+    if not known:
+        raise ValueError(f"baselines is {list(baselines)}; allowed: some of {', '.join(runs)}")
+    best = max(known, key=lambda row: values[row].mean())
+    rows = []
+    for (method, model), own in values.items():
+        half = scipy.stats.t.ppf(0.975, len(own) - 1) * scipy.stats.sem(own)
+        row = {"method": method, "model": model, f"{metric} %": f"{own.mean():.2f} ± {half:.2f}"}
+        other = values[best]
+        row |= {"difference": "-", "p": "-"}
+        if (method, model) != best and len(own) == len(other) and np.isfinite(own).all():
+            row["difference"] = f"{own.mean() - other.mean():+.2f}"
+            if np.ptp(own - other) > 1e-9:  # the test divides by the differences' deviation
+                row["p"] = f"{scipy.stats.ttest_rel(own, other).pvalue:.2g}"
+        rows.append(row)
+    return rows
+
+
+def tidy_rows(runs: Mapping[str, Sequence[Sequence[Record]]], versions: Sequence[str] = ()) -> list[Record]:
+    """Everything in the long form that plotting and statistics packages want: a row for each number of each evaluation.
+
+    Args:
+        runs: as in `table_rows`.
+        versions: keys of the records that say with what they were made, each a column.
+
+    Returns:
+        Rows `{"method", "seed", "cell", "round", "seconds", *versions, "model", "metric", "value"}`; model is "" where a
+        number is of the whole run, such as traffic. Clients' own values have the metric "f1 of client 3".
+
+    >>> run = [{"seed": 0, "cell": "a", "round": 2, "seconds": 1.5, "jax": "0.10", "model/f1": 0.7, "not_finite": 0}]
+    >>> for row in tidy_rows({"FedAvg": [run]}, ["jax"]): print(list(row.values()))
+    ['FedAvg', 0, 'a', 2, 1.5, '0.10', 'model', 'f1', 0.7]
+    ['FedAvg', 0, 'a', 2, 1.5, '0.10', '', 'not_finite', 0.0]
+    """
+    rows = []
+    keys = ("seed", "cell", "round", "seconds", *versions)
+    for method, seeds in runs.items():
+        for record in (record for run in seeds for record in run):
+            of_run = {"method": method, **{key: record.get(key) for key in keys}}
+            for key, value in record.items():
+                model, _, metric = key.rpartition("/")
+                if key in (*keys, "method"):
+                    continue
+                named = [(metric, value)]
+                if isinstance(value, list):
+                    named = [(f"{metric.removesuffix('_of_client')} of client {i}", v) for i, v in enumerate(value)]
+                for name, number in named:
+                    number = float("nan") if number is None else float(number)
+                    rows.append({**of_run, "model": model, "metric": name, "value": number})
     return rows
 
 
@@ -283,7 +369,11 @@ def accuracy_plot(
         right.xaxis.set_minor_formatter(NullFormatter())
     if silent:
         right.set_title(f"nothing sent (horizontal lines): {', '.join(silent)}", fontsize=8)
-    left.legend(fontsize=8)
+    if index <= 8:
+        left.legend(fontsize=8)
+    else:  # it would hide the curves
+        figure.set_size_inches(13, 4.6)
+        figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     if title:

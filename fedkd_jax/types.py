@@ -143,6 +143,7 @@ class Payload:
     ranks: dict[
         str, Leaf
     ]  # {leaf path: [] int32, [b] for a stack}, min(m, n) where a matrix went raw; empty without an SVD
+    sent: PyTree = ()  # of each leaf of `content`, how many entries travel, [] int32: the rest is padding; for `recode`
 
 
 class Codec(NamedTuple):
@@ -151,6 +152,8 @@ class Codec(NamedTuple):
     `decode_sum(payloads [K], weights [K]) -> sum_k weights[k] decode(payloads[k])` is for codecs that can add messages up
     without decoding each; what it gives must be finite where the messages are. A round calls it once for each chunk of its
     `Layout`: on an accelerator once, on a CPU for a few clients or one, as larger groups were no faster there.
+
+    `recode(payload, round, key) -> Payload` is for codecs that can shorten another's message, see `chain`.
 
     `init(update) -> state` is for codecs that remember something from message to message. Then
     `encode(update, round, key, state) -> (Payload, state)`; each client and the server keep a state of their own.
@@ -167,6 +170,7 @@ class Codec(NamedTuple):
     decode: Callable[[Payload], PyTree]
     decode_sum: Callable[[Payload, Leaf], PyTree] | None = None
     init: Callable[[PyTree], PyTree] | None = None
+    recode: Callable[[Payload, Any, Key], Payload] | None = None
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -239,6 +243,7 @@ class ClientState:
     projection_opt: PyTree = ()
     student_opt: PyTree = ()  # only where it persists from round to round
     codec: PyTree = ()  # of the uplink, where it has a state
+    control: Params = ()  # SCAFFOLD's c_i
 
 
 @record

@@ -41,6 +41,7 @@ class Options:
     method: str | None = None  # sims.run: which of the config's methods; default the first
     out: str | None = None  # folder for the results; default runs/NAME-N
     devices: int | None = None  # devices the clients are split over; default all (on a CPU one per core)
+    resume: bool = False  # sims.compare: `out` is an earlier comparison's, of which what is finished is not run again
     chunk: str = "auto"  # clients trained at once on a device: a number, "auto" by platform, or "measure" to time some
 
 
@@ -70,16 +71,18 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
     validate(experiment)
     if chosen.method is not None and chosen.method not in experiment.methods:
         raise ValueError(f"method is {chosen.method!r}; allowed: {', '.join(experiment.methods)}")
+    if chosen.resume and (program != "compare" or chosen.out is None):
+        raise ValueError("resume is True; allowed: False, or for sims.compare with the folder as --out")
     if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdigit() and int(chosen.chunk) > 0):
         raise ValueError(f"chunk is {chosen.chunk!r}; allowed: a number from 1 up, 'auto' or 'measure'")
     return experiment, chosen
 
 
 def run_folder(options: Options, name: str) -> pathlib.Path:
-    """A new empty folder; nothing that is there is overwritten.
+    """A new empty folder, as nothing that is there is overwritten; with `resume` an earlier one.
 
     Raises:
-        FileExistsError: `--out` names a folder that is not empty.
+        FileExistsError: `--out` names a folder that is not empty, without `--resume True`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
@@ -88,8 +91,12 @@ def run_folder(options: Options, name: str) -> pathlib.Path:
     """
     if options.out is not None:
         folder = pathlib.Path(options.out)
+        if options.resume:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"out is {options.out!r}; allowed with resume: the folder of a comparison")
+            return folder
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"out is {options.out!r}; allowed: a new or empty folder")
+            raise FileExistsError(f"out is {options.out!r}; allowed: a new or empty folder, or any with --resume True")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     number = 1
@@ -307,6 +314,21 @@ def append_jsonl(path: pathlib.Path, record: dict) -> None:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with path.open("a") as file:
         file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """The lines that `append_jsonl` wrote, null as NaN; none where there is no file. A last line that was cut off is left out.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     append_jsonl(path := pathlib.Path(where) / "m.jsonl", {"round": 1, "model/auc": float("nan")})
+    ...     _ = path.write_text(path.read_text() + '{"rou'); read_jsonl(path), read_jsonl(path.with_name("no"))
+    ([{'round': 1, 'model/auc': nan}], [])
+    """
+    if not path.exists():
+        return []
+    whole = path.read_text().rpartition("\n")[0].splitlines()
+    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in whole]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,13 @@
 """Several methods over several seeds: `python -m sims.compare CONFIG [--overrides]`, one table like the paper's Table 1.
 
 Every method sees the same clients, the same splits and the same seeds. Writes into a new folder runs/NAME-N: config.yaml
-(resolved), results.jsonl (every evaluation of every run, as it comes), table.md, table.csv, clients.png, a plot of the task's
-score (accuracy.png, f1.png, auc.png), clients.md where clients have names, and remarks.txt where there is something to know.
+(resolved), results.jsonl (every evaluation of every run), results.csv and results.parquet (the same with a row for each
+number), table.md, table.csv, significance.md (from two seeds on), clients.png, a plot of the task's score (accuracy.png,
+f1.png, auc.png), clients.md where clients have names, and remarks.txt where there is something to know.
+
+A cell is one method with one seed. Its evaluations are in cells/DIGEST.partial while it runs and in cells/DIGEST.jsonl when it
+is finished. With `--out FOLDER --resume True` finished cells of the same digest are not run again, whatever else the config
+now has, also more methods or seeds; nothing in cells/ is ever deleted but partial files.
 """
 
 if __name__ == "__main__":
@@ -10,12 +15,21 @@ if __name__ == "__main__":
 
     hardware.prepare_environment()
 
+import dataclasses
+import hashlib
+import itertools
 import pathlib
 import time
 
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
 from fedkd_jax import report
-from fedkd_jax.build import build_algorithm, build_data
-from fedkd_jax.config import Experiment
+from fedkd_jax.build import build_algorithm, build_data, checkpoint_folder
+from fedkd_jax.config import Experiment, MethodConfig, to_yaml
+from fedkd_jax.tasks import Clients
 from sims import common, hardware
 
 
@@ -25,10 +39,48 @@ def baseline_of(config: Experiment) -> str | None:
     >>> baseline_of(Experiment()) is None
     True
     """
-    full = (
-        n for n, m in config.methods.items() if (m.algorithm, m.model, m.codec) == ("fedavg", "teacher", "identity")
-    )
+    plain = ("fedavg", "teacher", "identity", None)
+    full = (n for n, m in config.methods.items() if (m.algorithm, m.model, m.codec, m.bits) == plain)
     return config.baseline or next(full, None)
+
+
+def cell_of(config: Experiment, method: MethodConfig, seed: int, examples: str) -> str:
+    """A digest of what decides the numbers of one method with one seed, but versions and devices, which each record tells.
+
+    Args:
+        config, method, seed: of the cell; the config's other methods and seeds, its names and folders are of no account.
+        examples: what `fingerprint` says of data and checkpoint.
+
+    >>> config = Experiment()
+    >>> one = cell_of(config, MethodConfig(), 0, "data")
+    >>> one == cell_of(dataclasses.replace(config, seeds=(0, 1)), MethodConfig(), 0, "data")
+    True
+    >>> one == cell_of(dataclasses.replace(config, rounds=5), MethodConfig(), 0, "data")
+    False
+    """
+    data = dataclasses.replace(config.data, dir=None)
+    alone = dataclasses.replace(
+        config, name="", data=data, checkpoint=None, methods={"": method}, seeds=(seed,), baseline=None
+    )
+    return hashlib.sha256(f"{to_yaml(alone)}{examples}".encode()).hexdigest()[:16]
+
+
+def fingerprint(config: Experiment, clients: Clients) -> str:
+    """A digest of the examples, who holds them, and the checkpoint's weights.
+
+    >>> config = Experiment()
+    >>> len(fingerprint(config, build_data(config)))
+    64
+    """
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((clients.train, clients.test)):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    if config.checkpoint is not None:
+        with (checkpoint_folder(config) / "model.safetensors").open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
@@ -50,24 +102,39 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.tell_remarks(folder, clients)
     common.plot_clients(folder, clients)
 
-    runs = {}
+    (cells := folder / "cells").mkdir(exist_ok=True)
+    examples, versions = fingerprint(config, clients), hardware.versions()
+    runs: dict[str, list[list[report.Record]]] = {name: [] for name in algorithms}
+    others = set()
     with common.progress_bar() as progress:
-        for name, algorithm in algorithms.items():
-            runs[name] = []
-            for seed in config.seeds:
-                *_, records = common.run_method(
-                    config,
-                    algorithm,
-                    clients,
-                    seed,
-                    f"{name}, seed {seed}",
-                    progress,
-                    lambda record, name=name, seed=seed: common.append_jsonl(
-                        folder / "results.jsonl", {"method": name, "seed": seed, **record}
-                    ),
-                )
-                runs[name].append(records)
+        for (name, algorithm), seed in itertools.product(algorithms.items(), config.seeds):
+            cell = cell_of(config, config.methods[name], seed, examples)
+            done, label = cells / f"{cell}.jsonl", f"{name}, seed {seed}"
+            if done.exists():
+                progress.add_task(f"{label}: done before", total=config.rounds, completed=config.rounds)
+            else:
+                began = time.perf_counter()
+                (partial := done.with_suffix(".partial")).write_text("")
 
+                def on_record(record, began=began, partial=partial):
+                    seconds = round(time.perf_counter() - began, 3)
+                    common.append_jsonl(partial, {**record, "seconds": seconds, **versions})
+
+                common.run_method(config, algorithm, clients, seed, label, progress, on_record)
+                partial.replace(done)
+            of_run = {"method": name, "seed": seed, "cell": cell}
+            runs[name].append([of_run | record for record in common.read_jsonl(done)])
+            others |= {key for record in runs[name][-1] for key in versions if record[key] != versions[key]}
+    if others:
+        common.console.print(f"some cells were run with another {', '.join(sorted(others))}: see results.csv")
+
+    (path := folder / "results.partial").write_text("")
+    for record in (record for seeds in runs.values() for run in seeds for record in run):
+        common.append_jsonl(path, record)
+    path.replace(folder / "results.jsonl")
+    tidy = report.tidy_rows(runs, list(versions))
+    (folder / "results.csv").write_text(report.as_csv(tidy))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tidy), folder / "results.parquet")
     scores = clients.scores
     rows = report.table_rows(runs, baseline_of(config), scores)
     held_out = common.held_out(config)
@@ -75,6 +142,15 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.console.print("", common.make_table(rows, title))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     (folder / "table.csv").write_text(report.as_csv(rows))
+    if len(config.seeds) > 1:
+        known = [n for n, m in config.methods.items() if m.algorithm not in ("fedkd", "centralised")]
+        baselines = known or list(config.methods)[:1]  # of ablations, the first
+        sure = report.significance_rows(runs, scores[-1], baselines)
+        (folder / "significance.md").write_text(report.markdown(sure) + "\n")
+        title = (
+            f"{config.name}: 95 % intervals; difference from the best method but FedKD and centralised, paired t-test"
+        )
+        common.console.print("", common.make_table(sure, title))
     if clients.names is not None and len(clients.names) <= common.FEW_CLIENTS:
         each = report.client_rows(runs, scores[-1], clients.names)
         common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))

@@ -8,7 +8,9 @@ model takes twice as long.
 """
 
 import contextlib
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Mapping
 
@@ -92,6 +94,18 @@ def choose_devices(devices: int | None, cohort: int) -> int:
     if devices is not None and devices > there:
         raise ValueError(f"devices is {devices}; allowed: 1 to {there} on this {jax.default_backend()}")
     return devices or min(there, cohort)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the last digits of a result.
+
+    >>> sorted(versions())
+    ['device', 'fedkd_jax', 'jax', 'jaxlib', 'python']
+    """
+    import jax
+
+    packages = {name: importlib.metadata.version(name) for name in ("fedkd_jax", "jax", "jaxlib")}
+    return packages | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
 
 
 def describe(layout, cohort: int) -> str:

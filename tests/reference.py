@@ -250,8 +250,10 @@ def fedkd_round(
     return student, reports, down
 
 
-def plain_training(params, data, i, key, round, *, batch, epochs=1, steps=None, rate):
-    """One client's SGD on its task loss: what FedAvg's clients and local training do."""
+def plain_training(
+    params, data, i, key, round, *, batch, epochs=1, steps=None, rate, change=lambda grads, params: grads
+):
+    """One client's SGD on its task loss: what FedAvg's clients and local training do; `change` is made to each gradient."""
     rows = batches(
         key, round, i, int(data.start[i]), int(data.count[i]), data.max_count, batch=batch, epochs=epochs, steps=steps
     )
@@ -261,5 +263,6 @@ def plain_training(params, data, i, key, round, *, batch, epochs=1, steps=None, 
         logits, hidden = forward(params, x)
         seen.append(ce(logits, y, np.ones(len(y), bool)))
         d_logits = (softmax(logits) - np.eye(logits.shape[1])[y]) / len(y)
-        params = sgd(params, backward(params, x, hidden, d_logits, [np.zeros_like(h) for h in hidden]), rate)
+        grads = backward(params, x, hidden, d_logits, [np.zeros_like(h) for h in hidden])
+        params = sgd(params, change(grads, params), rate)
     return params, float(np.mean(seen)) if seen else 0.0

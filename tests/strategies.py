@@ -12,12 +12,24 @@ from fedkd_jax import (
     LossTerms,
     Outputs,
     centralised,
+    chain,
     energy_threshold,
+    error_feedback,
     fedavg,
+    feddropout,
     fedkd,
+    fedpaq,
+    fedprox,
+    fetchsgd,
+    fml,
+    keep_units,
     local_only,
     mlp,
+    power_codec,
+    quantise,
+    scaffold,
     svd_codec,
+    top_k,
 )
 
 seeds = st.integers(0, 2**31 - 1)
@@ -167,6 +179,51 @@ ALGORITHMS = {
     ),
     "fedavg, optimiser kept": lambda layout=None: fedavg(
         mlp((FEATURES, 10, TARGETS)), optimizer=optax.adam(0.05), batch=4, reset_optimizer=False, layout=layout
+    ),
+    "fedprox": lambda layout=None: fedprox(
+        mlp((FEATURES, 10, TARGETS)), mu=0.5, optimizer=optax.sgd(0.3), batch=4, layout=layout
+    ),
+    "scaffold": lambda layout=None: scaffold(mlp((FEATURES, 10, TARGETS)), learning_rate=0.2, batch=4, layout=layout),
+    "fedpaq": lambda layout=None: fedpaq(
+        mlp((FEATURES, 10, TARGETS)), bits=8, optimizer=optax.adam(0.05), batch=4, layout=layout
+    ),
+    "fetchsgd": lambda layout=None: fetchsgd(
+        mlp((FEATURES, 10, TARGETS)),
+        columns=80,
+        share=0.5,
+        momentum=0.3,
+        optimizer=optax.sgd(0.3),
+        batch=4,
+        layout=layout,
+    ),
+    "feddropout": lambda layout=None: feddropout(
+        mlp((FEATURES, 10, TARGETS)), sub_model=keep_units(0.6), optimizer=optax.sgd(0.3), batch=4, layout=layout
+    ),
+    "fedavg, top k": lambda layout=None: fedavg(
+        mlp((FEATURES, 10, TARGETS)),
+        optimizer=optax.sgd(0.3),
+        batch=4,
+        uplink=error_feedback(top_k(0.3)),
+        downlink=error_feedback(chain(top_k(0.6), quantise(8))),
+        layout=layout,
+    ),
+    "fedavg, PowerSGD": lambda layout=None: fedavg(
+        mlp((FEATURES, 10, TARGETS)),
+        optimizer=optax.sgd(0.3),
+        batch=4,
+        uplink=error_feedback(power_codec(2)),
+        layout=layout,
+    ),
+    "fml": lambda layout=None: fml(
+        mlp((FEATURES, 8, TARGETS)),
+        mlp((FEATURES, 10, TARGETS)),
+        teacher_optimizer=optax.adam(0.05),
+        student_optimizer=optax.sgd(0.2),
+        batch=4,
+        layout=layout,
+    ),
+    "fedkd, quantised factors": lambda layout=None: small_fedkd(
+        layout, uplink=chain(svd_codec(0.8), quantise(8)), downlink=chain(svd_codec(0.8), quantise(8))
     ),
     "local_only": lambda layout=None: local_only(
         mlp((FEATURES, 8, TARGETS)), optimizer=optax.adam(0.05), batch=4, layout=layout

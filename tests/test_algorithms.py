@@ -81,7 +81,7 @@ def test_a_round_reports_each_client_of_the_cohort(name):
     chex.assert_type([info.ids, *counts], jnp.int32)
     assert info.finite.dtype == bool
     assert info.finite.all()
-    assert info.weight.tolist() == [COUNTS[i] for i in IDS]
+    assert info.weight.tolist() == [1 if name == "scaffold" else COUNTS[i] for i in IDS]
     assert all((x >= 0).all() for x in counts)
     assert (int(before.round), int(server.round)) == (0, 1)
     chex.assert_tree_all_finite((server, clients, info))
@@ -137,13 +137,13 @@ def test_every_model_predicts_for_one_client(name):
     algorithm, _, _, _ = setting(name)
     server, clients, _ = play(name)
     x = np.random.default_rng(0).normal(size=(4, FEATURES)).astype(np.float32)
-    assert set(algorithm.predict) == ({"teacher", "student"} if "fedkd" in name else {"model"})
+    assert set(algorithm.predict) == ({"teacher", "student"} if name.startswith(("fedkd", "fml")) else {"model"})
     for predict in algorithm.predict.values():
         out = predict(server, one(clients, 0), x)
         assert isinstance(out, Outputs)
         chex.assert_shape(out.logits, (4, TARGETS))
         chex.assert_tree_all_finite(out)
-    if "fedkd" in name:  # teachers are private, the student is shared
+    if "teacher" in algorithm.predict:  # teachers are private, the student is shared
         a, b = (algorithm.predict["teacher"](server, one(clients, i), x).logits for i in (0, 1))
         assert (a != b).any()
         a, b = (algorithm.predict["student"](server, one(clients, i), x).logits for i in (0, 1))

@@ -53,7 +53,10 @@ FIELDS = {
 PARAMETERS = {  # positional, then by keyword only
     "cross_entropy": ("logits labels mask", ""),
     "kl_divergence": ("p_logits q_logits mask", ""),
-    "mutual_distillation": ("teacher student labels mask projection", "adaptive distill hidden stop_weight_gradient"),
+    "mutual_distillation": (
+        "teacher student labels mask projection",
+        "adaptive distill hidden mutual stop_weight_gradient",
+    ),
     "energy_threshold": ("start end rounds", ""),
     "retained_rank": ("singular_values threshold", ""),
     "truncated_svd": ("matrix threshold", "method max_rank"),
@@ -70,7 +73,9 @@ PARAMETERS = {  # positional, then by keyword only
     "centralised": ("model", "optimizer batch"),
 }
 DEFAULTS = {
-    "mutual_distillation": dict(projection=None, adaptive=True, distill=True, hidden=True, stop_weight_gradient=False),
+    "mutual_distillation": dict(
+        projection=None, adaptive=True, distill=True, hidden=True, mutual=True, stop_weight_gradient=False
+    ),
     "truncated_svd": dict(method="auto", max_rank=None),
 }
 

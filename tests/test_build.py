@@ -4,13 +4,15 @@ import dataclasses
 import functools
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 
 import fedkd_jax.build
+from fedkd_jax import init_state
 from fedkd_jax.build import build_algorithm, build_data, build_optimizer, build_schedule, local_steps_of
-from fedkd_jax.config import DataConfig, Experiment, MethodConfig, OptimizerConfig
+from fedkd_jax.config import DataConfig, Experiment, MethodConfig, OptimizerConfig, validate
 from fedkd_jax.data import federate
 
 ONE = MethodConfig()
@@ -71,3 +73,39 @@ def test_a_schedule_rises_then_falls_and_is_never_zero_before_its_end(steps, sch
     share = np.arange(steps - rise) / max(steps - rise, 1)
     fall = {"constant": np.ones_like(share), "linear": 1 - share, "cosine": (1 + np.cos(np.pi * share)) / 2}[schedule]
     np.testing.assert_allclose(rates[rise:], 0.5 * fall, atol=1e-6)
+
+
+ADAM, SGD = OptimizerConfig(), OptimizerConfig(name="sgd", learning_rate=0.1)
+METHODS = {  # what travels each way, in bytes of FedAvg's, for an mlp 64-64-10
+    "fedprox": (MethodConfig(algorithm="fedprox", model="student"), 1.0, 1.0),
+    "scaffold": (MethodConfig(algorithm="scaffold", model="student", optimizer=SGD), 2.0, 2.0),
+    "fedpaq": (MethodConfig(algorithm="fedpaq", model="student", bits=8), 0.25, 0.25),
+    "fedpaq up": (MethodConfig(algorithm="fedpaq", model="student", bits=4, directions="uplink"), 0.125, 1.0),
+    "fetchsgd": (MethodConfig(algorithm="fetchsgd", model="student", sketch=0.5, share=0.1), 0.5, 0.2),
+    "top k": (MethodConfig(algorithm="fedavg", model="student", codec="top_k", share=0.2, feedback=True), 0.4, 0.4),
+    "top k, 8 bits": (MethodConfig(algorithm="fedavg", model="student", codec="top_k", share=0.2, bits=8), 0.25, 0.25),
+    "power": (
+        MethodConfig(algorithm="fedavg", model="student", codec="power", rank=3, directions="downlink"),
+        1.0,
+        (3 * (64 + 64) + 3 * (64 + 10) + 74) / 4810,
+    ),
+    "fml": (MethodConfig(algorithm="fml"), 1.0, 1.0),
+    "server Adam": (MethodConfig(algorithm="fedavg", model="student", server_optimizer=ADAM), 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_a_config_sends_what_its_keys_say(name):
+    method, up, down = METHODS[name]
+    config = Experiment(methods={"it": method}, student_optimizer=SGD, data=DataConfig(clients=3))
+    validate(config)
+    clients = build_data(config)
+    algorithm = build_algorithm(config, method, clients)
+    state = init_state(algorithm, 3, jax.random.key(0))
+    ids = np.arange(3)
+    server, _, info = jax.jit(algorithm.round)(state.server, state.clients, clients.train, ids, jax.random.key(1))
+    full = 4 * (64 * 64 + 64 + 64 * 10 + 10)
+    np.testing.assert_allclose(info.uplink_bytes, up * full, rtol=0.01)
+    np.testing.assert_allclose(info.downlink_bytes, down * full, rtol=0.01)
+    assert info.finite.all()
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (server.params, state.server.params)), strict=True))

@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 import reference
 import strategies
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd_jax import Outputs, cross_entropy, hidden_loss, kl_divergence, layer_map, mutual_distillation, task_terms
+from fedkd_jax import (
+    Outputs,
+    cross_entropy,
+    hidden_loss,
+    kl_divergence,
+    layer_map,
+    mutual_distillation,
+    per_example,
+    task_terms,
+)
 from fedkd_jax.losses import _expand
 
 B, C = strategies.BATCH, strategies.CLASSES
@@ -325,3 +334,27 @@ def test_padding_and_positions_without_a_label_change_nothing(seed, lengths, lea
 def jitted_mutual(leading):
     del leading  # another shape, another compilation
     return jax.jit(functools.partial(mutual_distillation, adaptive=False))
+
+
+@settings(max_examples=20)
+@given(strategies.distillation((4, 3), heads=2), st.booleans())
+def test_with_a_weight_for_each_example_a_batch_is_the_mean_of_its_examples(drawn, adaptive):
+    teacher, student, labels, mask, projection = drawn
+    loss = functools.partial(mutual_distillation, adaptive=adaptive)
+    found = strategies.fields(jax.jit(per_example(loss))(teacher, student, labels, mask, projection))
+    one = lambda tree, i: jax.tree.map(lambda x: x[i : i + 1], tree)  # noqa: E731
+    rows = [
+        strategies.fields(loss(one(teacher, i), one(student, i), labels[i : i + 1], mask[i : i + 1], projection))
+        for i in np.flatnonzero(mask.any(axis=1))
+    ]
+    for name, value in found.items():
+        np.testing.assert_allclose(value, np.mean([row[name] for row in rows]) if rows else 0.0, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(strategies.distillation())
+def test_a_teacher_may_learn_from_the_labels_alone(drawn):
+    one_way, both = (strategies.fields(mutual_distillation(*drawn, mutual=mutual)) for mutual in (False, True))
+    assert one_way["teacher_total"] == one_way["teacher_task"]
+    for name in both.keys() - {"teacher_total"}:
+        assert one_way[name] == both[name]

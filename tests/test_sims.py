@@ -1,5 +1,6 @@
 """The programs as a user runs them: config files do two rounds, errors are one line, nothing is overwritten."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,10 +9,15 @@ import sys
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
+import scipy.stats
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedkd_jax import History, RoundInfo, report, task_terms
-from fedkd_jax.config import load_config
+from fedkd_jax.config import load_config, to_yaml
 from fedkd_jax.report import accuracy_plot, table_rows
 from sims import common, compare, run
 
@@ -220,3 +226,82 @@ def test_records_hold_pooled_values_and_tables_any_metrics_and_clients():
             told()
     with pytest.raises(ValueError, match=r"names is .*allowed: 3"):
         report.client_rows({"FedAvg": seeds}, "f1", names[:2])
+
+
+def test_a_comparison_goes_on_where_it_was_left(tmp_path):
+    """More methods and seeds, or runs cut off: what was finished is taken as it is, everything else is as if run at once."""
+    short = load_config(ROOT / "configs" / "digits.yaml")
+    methods = {name: short.methods[name] for name in ("local only", "FedAvg of the student")}
+    methods["the same"] = methods["local only"]
+    (tmp_path / "config.yaml").write_text(to_yaml(dataclasses.replace(short, methods=methods)))
+    flags = [str(tmp_path / "config.yaml"), "--rounds", "4", "--eval-every", "2", "--devices", "1"]
+    flags += ["--data.clients", "4"]
+    whole = compare.main([*flags, "--seeds", "0", "1", "--out", str(tmp_path / "whole")])
+    part = compare.main([*flags, "--seeds", "0", "--out", str(tmp_path / "part")])
+    first, second = sorted((part / "cells").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    kept = first.read_text()
+    second.with_suffix(".partial").write_text(second.read_text()[:-30])
+    second.unlink()
+    (part / "cells" / "of-another-config.jsonl").write_text(kept)
+    again = compare.main([*flags, "--seeds", "0", "1", "--resume", "True", "--out", str(part)])
+    assert first.read_text() == kept  # not run again: the same seconds
+    assert (part / "cells" / "of-another-config.jsonl").read_text() == kept
+    assert not list((part / "cells").glob("*.partial"))
+    tables = [(folder / "table.csv").read_text() for folder in (whole, again)]
+    assert tables[0] == tables[1]
+    results = [common.read_jsonl(folder / "results.jsonl") for folder in (whole, again)]
+    told = [{(r["method"], r["seed"], r["round"]): r | {"seconds": 0} for r in of_run} for of_run in results]
+    assert told[0] == told[1]
+    assert len(told[0]) == len(results[0]) == 3 * 2 * 2
+
+    rows = pyarrow.parquet.read_table(again / "results.parquet").to_pylist()
+    assert {row["metric"] for row in rows} >= {"accuracy", "accuracy_per_client", "bytes_per_client", "teacher_task"}
+    for row in rows:
+        record = told[1][row["method"], row["seed"], row["round"]]
+        assert record[f"{row['model']}/{row['metric']}" if row["model"] else row["metric"]] == row["value"]
+    assert rows[0]["jax"] == jax.__version__
+    assert len((again / "results.csv").read_text().splitlines()) == 1 + len(rows)
+
+
+def test_resuming_without_a_folder_is_told(tmp_path):
+    path = str(ROOT / "configs" / "digits.yaml")
+    for program, flags, said in (
+        (compare, [], "resume is True"),
+        (run, ["--out", str(tmp_path)], "resume is True"),
+        (compare, ["--out", str(tmp_path / "nowhere")], "the folder of a comparison"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            program.main([path, *small(pathlib.Path(path)), *flags, "--resume", "True"])
+    config = load_config(path)
+    cells = [compare.cell_of(config, method, 0, examples) for method in config.methods.values() for examples in "ab"]
+    assert len(set(cells)) == len(cells)
+    fewer = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=3))
+    assert compare.fingerprint(config, common_data(config)) != compare.fingerprint(fewer, common_data(fewer))
+
+
+@given(st.integers(2, 6), strategies.seeds)
+def test_a_difference_is_tested_over_pairs_of_seeds(few, seed):
+    one, other, worse = np.random.default_rng(seed).normal([[0.5], [0.55], [0.1]], 0.02, (3, few))
+    runs = {name: [[{"m/f1": v}] for v in values] for name, values in (("a", one), ("b", other), ("c", worse))}
+    first, *rows = report.significance_rows(runs, "f1", ["c", "a"])
+    assert (first["difference"], first["p"]) == ("-", "-")  # the best of the two baselines
+    for row, values in zip(rows, (other, worse), strict=True):
+        d = 100 * (values - one)
+        t = d.mean() / (d.std(ddof=1) / np.sqrt(few))
+        assert row["difference"] == f"{d.mean():+.2f}"
+        np.testing.assert_allclose(float(row["p"]), 2 * scipy.stats.t.sf(abs(t), few - 1), rtol=0.06)
+        half = scipy.stats.t.ppf(0.975, few - 1) * 100 * values.std(ddof=1) / np.sqrt(few)
+        assert row["f1 %"] == f"{100 * values.mean():.2f} ± {half:.2f}"
+
+
+def test_significance_needs_pairs_and_a_baseline():
+    runs = {"a": [[{"m/f1": 0.5}]]}
+    with pytest.raises(ValueError, match="runs has 1 seed"):
+        report.significance_rows(runs, "f1", ["a"])
+    runs = {"a": 2 * runs["a"], "b": 2 * runs["a"]}
+    with pytest.raises(ValueError, match=r"baselines is \['c'\]; allowed: some of a, b"):
+        report.significance_rows(runs, "f1", ["c"])
+    assert [row["p"] for row in report.significance_rows(runs, "f1", ["a"])] == ["-", "-"]
+    runs = {"nan": [[{"m/f1": np.nan}], [{"m/f1": 0.5}]], **runs}
+    rows = report.significance_rows(runs, "f1", ["nan", "a"])
+    assert [row["difference"] for row in rows] == ["-", "-", "+0.00"]

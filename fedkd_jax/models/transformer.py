@@ -328,7 +328,7 @@ def layer_view(path: str, leaf: Array) -> MatrixView:
     >>> layer_view("layers/up/kernel", jnp.zeros((6, 8, 16))).stack, layer_view("head/kernel", jnp.zeros((8, 2))).stack
     (1, 0)
     """
-    return matrix_view(leaf.shape, stack=int(path.startswith("layers/")))
+    return matrix_view(leaf.shape, stack=int(_is_stacked(path)))
 
 
 def layer_compressible(path: str, leaf: Array) -> bool:
@@ -337,4 +337,8 @@ def layer_compressible(path: str, leaf: Array) -> bool:
     >>> layer_compressible("layers/up/bias", jnp.zeros((6, 16))), layer_compressible("layers/up/kernel", jnp.zeros((6, 8, 16)))
     (False, True)
     """
-    return leaf.ndim - int(path.startswith("layers/")) >= 2
+    return leaf.ndim - int(_is_stacked(path)) >= 2
+
+
+def _is_stacked(path: str) -> bool:
+    return "layers" in path.split("/")[:-1]  # SCAFFOLD has "model/layers/up/kernel"

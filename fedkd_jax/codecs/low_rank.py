@@ -1,9 +1,7 @@
-"""Codecs: how an update becomes a message and back, and what the message costs.
+"""FedKD's codec: each matrix of an update as the factors of the smallest rank that keeps T of its energy (eqs. 8-9).
 
-A codec is a pair of pure functions for one client, and one that adds up the messages of many. The cost is counted where the
-message is encoded: in the paper's count of numbers, K (m + n) + K^2 for a matrix sent as factors, and in bytes of a real
-message, which sends (U diag(s)) and V, K (m + n) numbers, and K itself. Which leaves went as factors is a bit mask in the
-message's constant header, not counted.
+The cost of a matrix sent as factors is K (m + n) + K^2 in the paper's count; a real message sends (U diag(s)) and V, K (m + n)
+numbers, and K itself. Which leaves went as factors is a bit mask in the message's constant header, not counted.
 """
 
 import collections
@@ -12,24 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from fedkd_jax.aggregate import weighted_sum
+from fedkd_jax.codecs.base import check_size, named
 from fedkd_jax.subspace import when
 from fedkd_jax.svd import (
     SMALL,
     MatrixView,
     choose_method,
-    energy_threshold,
     factorise,
     matrix_view,
     resized,
     sketch_columns,
     weighted_product,
 )
-from fedkd_jax.types import Array, Codec, Factors, Key, Leaf, Number, Payload, PyTree, Schedule, record
-
-__all__ = ["energy_threshold", "identity_codec", "payload_bytes", "payload_floats", "svd_codec"]
+from fedkd_jax.types import Array, Codec, Factors, Leaf, Number, Payload, PyTree, Schedule, record
 
 RANK_BYTES = 4
 
@@ -41,83 +37,6 @@ class _Factored:
     factors: Any  # Factors [b]
     raw: Leaf  # of the leaf's shape
     as_factors: Leaf  # [b] bool
-
-
-def payload_floats(payload: Payload) -> Int[Array, ""]:
-    """How many numbers a message holds, in the paper's count: K (m + n) + K^2 for factors, m n for a raw matrix; `[]` int32.
-
-    >>> import jax, jax.numpy as jnp
-    >>> codec = svd_codec(0.95)
-    >>> int(payload_floats(codec.encode({"w": jnp.ones((30, 20)), "b": jnp.ones(20)}, 0, jax.random.key(0))))
-    71
-    """
-    return payload.floats
-
-
-def payload_bytes(payload: Payload) -> Int[Array, ""]:
-    """How many bytes a real message needs: 4 K (m + n) and 4 for K, or 4 m n for a raw matrix; `[]` int32.
-
-    >>> import jax, jax.numpy as jnp
-    >>> codec = svd_codec(0.95)
-    >>> int(payload_bytes(codec.encode({"w": jnp.ones((30, 20)), "b": jnp.ones(20)}, 0, jax.random.key(0))))
-    284
-    """
-    return payload.nbytes
-
-
-def identity_codec() -> Codec:
-    """Sends everything as it is: floats = the number of entries, bytes = their size.
-
-    >>> import jax, jax.numpy as jnp
-    >>> codec = identity_codec()
-    >>> payload = codec.encode({"w": jnp.ones((30, 20))}, 0, jax.random.key(0))
-    >>> int(payload.floats), int(payload.nbytes), codec.decode(payload)["w"].shape
-    (600, 2400, (30, 20))
-    """
-
-    def encode(update: PyTree, round, key) -> Payload:
-        del round, key
-        leaves = jax.tree.leaves(update)
-        _check_size(leaves)
-        return Payload(
-            content=update,
-            floats=jnp.int32(sum(x.size for x in leaves)),
-            nbytes=jnp.int32(sum(x.nbytes for x in leaves)),
-            ranks={},
-        )
-
-    return Codec(
-        encode, lambda payload: payload.content, lambda payloads, weights: weighted_sum(payloads.content, weights)
-    )
-
-
-def init_codec(codec: Codec | None, update: PyTree) -> PyTree:
-    """The state a codec starts with, `()` where it has none.
-
-    >>> import numpy as np
-    >>> init_codec(identity_codec(), np.zeros(3)), init_codec(None, np.zeros(3))
-    ((), ())
-    """
-    return () if codec is None or codec.init is None else codec.init(update)
-
-
-def encode(codec: Codec, update: PyTree, round: Leaf, key: Key, state: PyTree) -> tuple[Payload, PyTree]:
-    """`(payload, new state)`, whether the codec has a state or not.
-
-    Raises:
-        ValueError: the codec has a state and `state` is not one of its own.
-
-    >>> import jax, numpy as np
-    >>> payload, state = encode(identity_codec(), np.zeros(3, np.float32), 0, jax.random.key(0), ())
-    >>> int(payload.floats), state
-    (3, ())
-    """
-    if codec.init is None:
-        return codec.encode(update, round, key), state
-    expected, given = (jax.tree.structure(x) for x in (jax.eval_shape(codec.init, update), state))
-    if expected != given:
-        raise ValueError(f"state has the structure {given}; allowed: {expected}, what init_codec(codec, update) gives")
-    return codec.encode(update, round, key, state)
 
 
 def compressible_by_rank(path: str, leaf: Array) -> bool:
@@ -176,7 +95,7 @@ def svd_codec(
     Raises:
         ValueError: a constant threshold outside (0, 1].
 
-    >>> import jax, jax.numpy as jnp
+    >>> from fedkd_jax import energy_threshold
     >>> codec = svd_codec(energy_threshold(0.95, 0.98, rounds=10))
     >>> update = {"kernel": jnp.outer(jnp.arange(8.0), jnp.arange(6.0)), "bias": jnp.arange(6.0)}
     >>> payload = codec.encode(update, 0, jax.random.key(0))
@@ -195,7 +114,7 @@ def svd_codec(
 
     def init(update: PyTree) -> dict[str, Any]:
         state = {}
-        for name, leaf in _named(update).items():
+        for name, leaf in named(update).items():
             if (matrices := matrices_of(name, leaf)) is not None:
                 b, m, n = matrices.shape
                 if (choose_method(m, n) if method == "auto" else method) == "randomized":
@@ -205,15 +124,15 @@ def svd_codec(
     def compress(update: PyTree, round, key, state: dict[str, Any]) -> tuple[Payload, dict[str, Any]]:
         del key
         share = threshold(round) if callable(threshold) else threshold
-        content = _named(jax.lax.stop_gradient(update))
-        _check_size(content.values())
+        content = named(jax.lax.stop_gradient(update))
+        check_size(content.values())
         groups, ranks, state = collections.defaultdict(dict), {}, dict(state)
-        floats, nbytes = jnp.int32(0), jnp.int32(0)
+        floats, nbytes, sent = jnp.int32(0), jnp.int32(0), {}
         for name, leaf in content.items():
             if (matrices := matrices_of(name, leaf)) is not None:
                 groups[matrices.shape[1:], leaf.dtype][name] = matrices
             else:
-                floats, nbytes = floats + leaf.size, nbytes + leaf.nbytes
+                floats, nbytes, sent[name] = floats + leaf.size, nbytes + leaf.nbytes, jnp.int32(leaf.size)
         for ((m, n), dtype), group in groups.items():
             most = max_factored_rank(m, n)
             stack = jnp.concatenate([*group.values()])
@@ -228,10 +147,10 @@ def svd_codec(
                 left, right = (jnp.where(as_factors[:, None, None], x, 0) for x in (left, right))
                 factors = Factors(left, right, jnp.where(as_factors, factors.rank, most + 1))
             k = jnp.where(as_factors, factors.rank, 0)
-            sent = jnp.where(as_factors, k * (m + n), m * n)
+            numbers = jnp.where(as_factors, k * (m + n), m * n)
             width = jnp.where(as_factors, factors.left.dtype.itemsize, dtype.itemsize)
-            floats += jnp.sum(sent + k * k, dtype=jnp.int32)
-            nbytes += jnp.sum(sent * width + jnp.where(as_factors, RANK_BYTES, 0), dtype=jnp.int32)
+            floats += jnp.sum(numbers + k * k, dtype=jnp.int32)
+            nbytes += jnp.sum(numbers * width + jnp.where(as_factors, RANK_BYTES, 0), dtype=jnp.int32)
             rank, start = jnp.where(as_factors, k, min(m, n)), 0
             for name, matrices in group.items():
                 own = slice(start, start := start + len(matrices))
@@ -239,12 +158,20 @@ def svd_codec(
                 content[name] = _Factored(
                     factors=jax.tree.map(lambda x, own=own: x[own], factors), raw=raw, as_factors=as_factors[own]
                 )
+                count = lambda x: jnp.sum(x, dtype=jnp.int32)  # noqa: E731
+                sent[name] = _Factored(
+                    factors=Factors(count(k[own] * m), count(k[own] * n), count(as_factors[own])),
+                    raw=count(~as_factors[own]) * m * n,
+                    as_factors=jnp.int32(0),
+                )
                 ranks[name] = rank[own] if view(name, content[name].raw).stack else rank[own][0]
                 if name in state:
                     directions = factors.right[own] if m >= n else jnp.swapaxes(factors.left[own], 1, 2)
                     state[name] = resized(directions.astype(jnp.float32), state[name].shape)
-        content = jax.tree.unflatten(jax.tree.structure(update), content.values())
-        return Payload(content=content, floats=floats, nbytes=nbytes, ranks=ranks), state
+        content, sent = (
+            jax.tree.unflatten(jax.tree.structure(update), [x[name] for name in content]) for x in (content, sent)
+        )
+        return Payload(content=content, floats=floats, nbytes=nbytes, ranks=ranks, sent=sent), state
 
     def encode(update: PyTree, round, key) -> Payload:
         return compress(update, round, key, {})[0]
@@ -293,17 +220,3 @@ def max_factored_rank(m: int, n: int) -> int:
     while k > 0 and k * (m + n) + k * k >= m * n:
         k -= 1
     return k
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    """{path as "dense/kernel": leaf}."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _check_size(leaves):
-    size = sum(x.nbytes for x in leaves)
-    if size > jnp.iinfo(jnp.int32).max:
-        raise ValueError(
-            f"update has {size} bytes; allowed: at most {jnp.iinfo(jnp.int32).max}, what the int32 count holds"
-        )
