@@ -102,7 +102,7 @@ def fedavg(
     >>> from fedkd_jax import mlp
     >>> algorithm = fedavg(mlp((64, 32, 10)), optimizer=optax.sgd(0.1), batch=10)
     >>> algorithm.init_clients(jax.random.key(0), jnp.arange(3))
-    ClientState(teacher=(), projection=(), teacher_opt=(), projection_opt=(), student_opt=(), codec=())
+    ClientState(teacher=(), projection=(), teacher_opt=(), projection_opt=(), student_opt=(), codec=(), control=())
     """
     server_optimizer = server_optimizer or optax.sgd(1.0)
 
