@@ -77,20 +77,18 @@ def test_a_schedule_rises_then_falls_and_is_never_zero_before_its_end(steps, sch
 
 ADAM, SGD = OptimizerConfig(), OptimizerConfig(name="sgd", learning_rate=0.1)
 METHODS = {  # what travels each way, in bytes of FedAvg's, for an mlp 64-64-10
-    "fedprox": (MethodConfig(algorithm="fedprox", model="student"), 1.0, 1.0),
+    "fedprox": (MethodConfig(algorithm="fedprox", model="student", server_optimizer=ADAM), 1.0, 1.0),
     "scaffold": (MethodConfig(algorithm="scaffold", model="student", optimizer=SGD), 2.0, 2.0),
-    "fedpaq": (MethodConfig(algorithm="fedpaq", model="student", bits=8), 0.25, 0.25),
     "fedpaq up": (MethodConfig(algorithm="fedpaq", model="student", bits=4, directions="uplink"), 0.125, 1.0),
     "fetchsgd": (MethodConfig(algorithm="fetchsgd", model="student", sketch=0.5, share=0.1), 0.5, 0.2),
-    "top k": (MethodConfig(algorithm="fedavg", model="student", codec="top_k", share=0.2, feedback=True), 0.4, 0.4),
     "top k, 8 bits": (MethodConfig(algorithm="fedavg", model="student", codec="top_k", share=0.2, bits=8), 0.25, 0.25),
     "power": (
         MethodConfig(algorithm="fedavg", model="student", codec="power", rank=3, directions="downlink"),
         1.0,
         (3 * (64 + 64) + 3 * (64 + 10) + 74) / 4810,
     ),
+    "feddropout": (MethodConfig(algorithm="feddropout", model="student", share=0.75), 3610 / 4810, 3610 / 4810),
     "fml": (MethodConfig(algorithm="fml"), 1.0, 1.0),
-    "server Adam": (MethodConfig(algorithm="fedavg", model="student", server_optimizer=ADAM), 1.0, 1.0),
 }
 
 

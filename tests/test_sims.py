@@ -37,6 +37,8 @@ def small(path: pathlib.Path) -> list[str]:
     config = load_config(path)
     if config.checkpoint is not None or config.data.task == "characters":
         pytest.skip("minutes of a CPU; tests/test_tasks.py runs every task with a small model")
+    if len(config.methods) > 8:
+        pytest.skip("minutes of compilation; tests/test_build.py has a round of each of its methods")
     flags = ["--rounds", "2", "--eval-every", "1", "--seeds", "0", "--steps", "1", "--epochs", "1"]
     if config.data.name == "fashion_mnist":
         if data_dir() is None:
