@@ -32,6 +32,7 @@ from fedkd_jax.algorithms import (
 )
 from fedkd_jax.codecs import chain, error_feedback, identity_codec, power_codec, quantise, svd_codec, top_k
 from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, OptimizerConfig
+from fedkd_jax.local import count_steps
 from fedkd_jax.losses import mutual_distillation, per_example
 from fedkd_jax.models import (
     TransformerConfig,
@@ -298,7 +299,7 @@ def local_steps_of(config: Experiment, method: MethodConfig, clients: Clients) -
     share = 1.0 if config.cohort is None else config.cohort / len(counts)
     alone = method.algorithm == "centralised"  # one model, trained on all that the cohort holds
     largest = math.ceil(counts.sum() * share) if alone else int(counts.max())
-    each = config.steps or config.epochs * math.ceil(largest / config.batch)
+    each = int(count_steps(largest, batch=config.batch, epochs=config.epochs, steps=config.steps))
     turns = rounds * share + 3 * math.sqrt(rounds * share * (1 - share))
     return each, each * (rounds if alone else min(rounds, math.ceil(turns)))
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from fedkd_jax import Layout, client_mesh, init_state, report, simulate
+from fedkd_jax import Layout, client_mesh, init_state, plots, report, simulate
 from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.tasks import Clients
@@ -277,7 +277,7 @@ def plot_clients(folder: pathlib.Path, clients: Clients) -> None:
     >>> [path.name for path in folder.iterdir()]
     ['clients.png']
     """
-    report.partition_plot(
+    plots.partition_plot(
         clients.labels,
         clients.parts,
         clients.classes,
@@ -317,18 +317,15 @@ def append_jsonl(path: pathlib.Path, record: dict) -> None:
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """The lines that `append_jsonl` wrote, null as NaN; none where there is no file. A last line that was cut off is left out.
+    """The lines that `append_jsonl` wrote, null as NaN.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
-    ...     append_jsonl(path := pathlib.Path(where) / "m.jsonl", {"round": 1, "model/auc": float("nan")})
-    ...     _ = path.write_text(path.read_text() + '{"rou'); read_jsonl(path), read_jsonl(path.with_name("no"))
-    ([{'round': 1, 'model/auc': nan}], [])
+    ...     append_jsonl(path := pathlib.Path(where) / "m.jsonl", {"round": 1, "model/auc": float("nan")}); read_jsonl(path)
+    [{'round': 1, 'model/auc': nan}]
     """
-    if not path.exists():
-        return []
-    whole = path.read_text().rpartition("\n")[0].splitlines()
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in whole]
+    lines = path.read_text().splitlines()
+    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
 
 
 @contextlib.contextmanager

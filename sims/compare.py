@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from fedkd_jax import report
+from fedkd_jax import plots, report
 from fedkd_jax.build import build_algorithm, build_data, checkpoint_folder
 from fedkd_jax.config import Experiment, MethodConfig, to_yaml
 from fedkd_jax.tasks import Clients
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         each = report.client_rows(runs, scores[-1], clients.names)
         common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))
         (folder / "clients.md").write_text(report.markdown(each) + "\n")
-    report.accuracy_plot(runs, folder / f"{scores[-1]}.png", metric=scores[-1], split=held_out, title=config.name)
+    plots.accuracy_plot(runs, folder / f"{scores[-1]}.png", metric=scores[-1], split=held_out, title=config.name)
     common.console.print(f"{time.perf_counter() - start:.0f} s; table, figure, results and config: {folder}")
     return folder
 

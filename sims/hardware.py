@@ -100,12 +100,13 @@ def versions() -> dict[str, str]:
     """Of what decides the last digits of a result.
 
     >>> sorted(versions())
-    ['device', 'fedkd_jax', 'jax', 'jaxlib', 'python']
+    ['devices', 'fedkd_jax', 'jax', 'jaxlib', 'python']
     """
     import jax
 
     packages = {name: importlib.metadata.version(name) for name in ("fedkd_jax", "jax", "jaxlib")}
-    return packages | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return packages | {"python": platform.python_version(), "devices": devices}
 
 
 def describe(layout, cohort: int) -> str:

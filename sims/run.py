@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from fedkd_jax import report
+from fedkd_jax import plots, report
 from fedkd_jax.build import build_algorithm, build_data
 from sims import common, hardware
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))
     (folder / "table.md").write_text(report.markdown(rows) + "\n")
     main = clients.scores[-1]
-    report.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
+    plots.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")
     return folder
 

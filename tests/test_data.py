@@ -22,7 +22,7 @@ from fedkd_jax.config import ConfigError, DataConfig, Experiment
 from fedkd_jax.data.federated import Examples, federate, take_clients, train_test_split
 from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
 from fedkd_jax.data.sources import load
-from fedkd_jax.report import partition_plot
+from fedkd_jax.plots import partition_plot
 
 laws = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from fedkd_jax import History, RoundInfo, report, task_terms
 from fedkd_jax.config import load_config, to_yaml
-from fedkd_jax.report import accuracy_plot, table_rows
+from fedkd_jax.plots import accuracy_plot
+from fedkd_jax.report import table_rows
 from sims import common, compare, run
 
 ROOT = pathlib.Path(__file__).parent.parent

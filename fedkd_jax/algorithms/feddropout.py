@@ -59,7 +59,7 @@ class SubUpdate:
 
 def keep_units(share: Number) -> SubModel:
     """Keeps ceil(share d) random units of every hidden layer of width d: of dense layers, and inside the feed-forward networks
-    of stacked transformer layers, each for itself.
+    of stacked transformer layers, each for itself. Filters of convolutions, and attention, are kept whole.
 
     Raises:
         ValueError: a share outside (0, 1]; when used, parameters without any such layer.
@@ -73,9 +73,8 @@ def keep_units(share: Number) -> SubModel:
         raise ValueError(f"share is {share}; allowed: a share of the units in (0, 1]")
 
     def units(key: Key, shape: tuple[int, ...]) -> Array:
-        count = math.ceil(round(share * shape[-1], 6))
-        order = jnp.argsort(jax.random.uniform(key, shape), axis=-1)
-        return jnp.argsort(order, axis=-1) < count
+        first = jnp.arange(shape[-1]) < math.ceil(round(share * shape[-1], 6))
+        return jax.random.permutation(key, jnp.broadcast_to(first, shape), axis=-1, independent=True)
 
     def both(kept: Array, unit: Array) -> Array:
         return kept & jnp.broadcast_to(unit, kept.shape)
@@ -155,6 +154,9 @@ def feddropout(
 
     Returns:
         An `Algorithm` that predicts with "model", the whole one.
+
+    Raises:
+        ValueError: a model in which `sub_model` finds no units.
 
     >>> from fedkd_jax import mlp
     >>> algorithm = feddropout(mlp((64, 32, 10)), sub_model=keep_units(0.75), optimizer=optax.sgd(0.1), batch=10)

@@ -21,30 +21,17 @@ class _Sparse:
 
     values: Leaf  # [k]
     indices: Leaf  # [k] int32
-    like: Any = static_field()  # of the update: (tree structure, shapes, dtypes)
+    like: Any = static_field()  # as `_ravel` gives it
 
 
-def _like(update: PyTree) -> tuple:
-    leaves, structure = jax.tree.flatten(update)
-    return structure, tuple(x.shape for x in leaves), tuple(jnp.dtype(x.dtype) for x in leaves)
-
-
-def _size(like: tuple) -> int:
-    return sum(map(math.prod, like[1]))
+def _ravel(update: PyTree) -> tuple[jax.Array, tuple]:
+    """The numbers of an update in a row, and what makes an update of such a row: (unravel, size, dtype)."""
+    flat, unravel = ravel_pytree(update)
+    return flat, (unravel, flat.size, flat.dtype)
 
 
 def _count(share: Number, size: int) -> int:
     return math.ceil(round(share * size, 6))  # 0.07 * 100 is 7.000000000000001
-
-
-def _unravel(flat: Array, like: tuple) -> PyTree:
-    structure, shapes, dtypes = like
-    leaves, start = [], 0
-    for shape, dtype in zip(shapes, dtypes, strict=True):
-        size = math.prod(shape)
-        leaves.append(flat[start : start + size].reshape(shape).astype(dtype))
-        start += size
-    return jax.tree.unflatten(structure, leaves)
 
 
 def _largest(flat: Float[Array, "n"], k: int) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
@@ -53,8 +40,7 @@ def _largest(flat: Float[Array, "n"], k: int) -> tuple[Float[Array, "k"], Int[Ar
 
 
 def _sparse_payload(values, indices, like) -> Payload:
-    k, width = len(indices), values.dtype.itemsize
-    size = _size(like)
+    k, width, (_, size, _) = len(indices), values.dtype.itemsize, like
     return Payload(
         content=_Sparse(values=values, indices=indices, like=like),
         floats=jnp.int32(min(2 * k, size)),
@@ -65,10 +51,8 @@ def _sparse_payload(values, indices, like) -> Payload:
 
 
 def _dense(payload: Payload) -> PyTree:
-    sparse = payload.content
-    return _unravel(
-        jnp.zeros(_size(sparse.like), sparse.values.dtype).at[sparse.indices].set(sparse.values), sparse.like
-    )
+    unravel, size, dtype = payload.content.like
+    return unravel(jnp.zeros(size, dtype).at[payload.content.indices].set(payload.content.values.astype(dtype)))
 
 
 def top_k(share: Number) -> Codec:
@@ -93,8 +77,8 @@ def top_k(share: Number) -> Codec:
     def encode(update: PyTree, round, key) -> Payload:
         del round, key
         check_size(jax.tree.leaves(update))
-        flat, _ = ravel_pytree(update)
-        return _sparse_payload(*_largest(flat, _count(share, flat.size)), _like(update))
+        flat, like = _ravel(update)
+        return _sparse_payload(*_largest(flat, _count(share, flat.size)), like)
 
     return Codec(encode, _dense)
 
@@ -147,7 +131,7 @@ class Sketched:
     """
 
     table: Leaf  # [rows, columns]
-    like: Any = static_field()  # of the update: (tree structure, shapes, dtypes)
+    like: Any = static_field()  # as `_ravel` gives it
 
 
 def sketch_codec(rows: int, columns: int, *, seed: int = 0) -> Codec:
@@ -167,7 +151,8 @@ def sketch_codec(rows: int, columns: int, *, seed: int = 0) -> Codec:
 
     def encode(update: PyTree, round, key) -> Payload:
         del round, key
-        return raw_payload(Sketched(table=sketch(ravel_pytree(update)[0], rows, columns, seed), like=_like(update)))
+        flat, like = _ravel(update)
+        return raw_payload(Sketched(table=sketch(flat, rows, columns, seed), like=like))
 
     decode_sum = lambda payloads, weights: weighted_sum(payloads.content, weights)  # noqa: E731
     return Codec(encode, lambda payload: payload.content, decode_sum)
@@ -203,7 +188,7 @@ def server_sketch_codec(rows: int, columns: int, share: Number, *, momentum: Num
 
     def compress(sketched: Sketched, round, key, state):
         del round, key
-        size = _size(sketched.like)
+        _, size, _ = sketched.like
         moving = momentum * state["momentum"] + sketched.table
         error = state["error"] + moving
         values, indices = _largest(unsketch(error, size, seed), _count(share, size))
