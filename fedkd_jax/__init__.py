@@ -46,6 +46,7 @@ from fedkd_jax.codecs import (
     quantise,
     server_sketch_codec,
     sketch_codec,
+    spectrum_codec,
     svd_codec,
     top_k,
 )

@@ -249,9 +249,11 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
             models[name] = freeze(clients.model(sizes), is_table)
         heads[name] = sizes.heads
     if heads["student"] != heads["teacher"] and any(
-        m.algorithm == "fedkd" and m.hidden for m in config.methods.values()
+        m.algorithm == "fedkd" and m.hidden and m.attention for m in config.methods.values()
     ):
-        allowed = f"the teacher's {heads['teacher']}, as fedkd compares attention maps unless hidden is false"
+        allowed = (
+            f"the teacher's {heads['teacher']}, as fedkd compares attention maps unless hidden or attention is false"
+        )
         raise ConfigError("student.heads", heads["student"], allowed)
     return models
 
@@ -405,7 +407,7 @@ def build_algorithm(
         if method.algorithm == "fml":
             return fml(models["teacher"], models["student"], alpha=method.alpha, beta=method.beta, **options)
         own = config.projection_optimizer
-        flags = ("adaptive", "distill", "hidden", "mutual", "stop_weight_gradient")
+        flags = ("adaptive", "distill", "hidden", "attention", "mutual", "stop_weight_gradient")
         loss_fn = functools.partial(mutual_distillation, **{key: getattr(method, key) for key in flags})
         return fedkd(
             models["teacher"],

@@ -148,6 +148,7 @@ class MethodConfig:
     adaptive: bool = True  # divide by L_t + L_s
     distill: bool = True
     hidden: bool = True
+    attention: bool = True  # of transformers, their maps in the hidden loss
     mutual: bool = True  # False: the teacher learns from the labels alone
     project: bool = True  # learnable W_h
     stop_weight_gradient: bool = False
@@ -279,7 +280,7 @@ _SHARED = ("fedkd", "fml", "fedavg", "fedprox", "scaffold", "fedpaq", "fetchsgd"
 _METHOD_READERS = {
     **dict.fromkeys(("codec", "feedback"), ("fedkd", "fml", "fedavg", "fedprox", "scaffold")),
     **dict.fromkeys(("bits", "directions"), ("fedkd", "fml", "fedavg", "fedprox", "scaffold", "fedpaq")),
-    **dict.fromkeys(("adaptive", "distill", "hidden", "mutual", "project"), ("fedkd",)),
+    **dict.fromkeys(("adaptive", "distill", "hidden", "attention", "mutual", "project"), ("fedkd",)),
     **dict.fromkeys(("stop_weight_gradient", "per_example", "message"), ("fedkd",)),
     **dict.fromkeys(("alpha", "beta"), ("fml",)),
     **dict.fromkeys(("sketch", "momentum"), ("fetchsgd",)),
@@ -433,7 +434,8 @@ def _validate_methods(config: Experiment) -> None:
         for field in ("directions", "feedback"):
             unused = getattr(method, field) == getattr(plain, field)
             check(not plainly or unused, field, "left out, as nothing is lost without a codec or bits")
-        for field, reader in (("project", "hidden"), ("stop_weight_gradient", "adaptive")):
+        check(text or method.attention, "attention", f"left out, as a {config.teacher.kind} has no attention")
+        for field, reader in (("project", "hidden"), ("attention", "hidden"), ("stop_weight_gradient", "adaptive")):
             unused = getattr(method, field) == getattr(plain, field)
             check(getattr(method, reader) or unused, field, f"left out where {reader} is false")
         check(method.bits != 2 or not method.feedback, "bits", "3 or more with feedback, as errors grow with 2")

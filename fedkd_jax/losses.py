@@ -4,6 +4,7 @@ Pure functions of one client's model outputs; no client axis, no parameters. A m
 every value and gradient, whatever its logits or label hold.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -193,6 +194,7 @@ def mutual_distillation(
     adaptive: bool = True,
     distill: bool = True,
     hidden: bool = True,
+    attention: bool = True,
     mutual: bool = True,
     stop_weight_gradient: bool = False,
 ) -> LossTerms:
@@ -215,6 +217,7 @@ def mutual_distillation(
         adaptive: False divides by 1.
         distill: False drops D_t and D_s.
         hidden: False drops Hid.
+        attention: False drops MSE(A_t, A_s) from Hid.
         mutual: False lets the teacher learn from the labels alone; the student still learns from it.
         stop_weight_gradient: True treats w as a constant.
 
@@ -230,6 +233,8 @@ def mutual_distillation(
     >>> float(terms.teacher_total).__round__(4), float(terms.student_total).__round__(4)
     (0.6559, 1.0929)
     """
+    if not attention:
+        teacher, student = (dataclasses.replace(outputs, attention=()) for outputs in (teacher, student))
     teacher_task = cross_entropy(teacher.logits, labels, mask)
     student_task = cross_entropy(student.logits, labels, mask)
     denominator = teacher_task + student_task if adaptive else jnp.ones_like(teacher_task)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedkd_jax.report import Record, models_with
+from fedkd_jax.report import Record, final_scores, row_labels
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
@@ -46,32 +46,28 @@ def accuracy_plot(
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    silent, index = [], 0
-    for method, seeds in runs.items():
-        models = models_with(seeds[0][0], metric)
-        for model in models:
-            label = method if len(models) == 1 else f"{method}, {model}"
-            color = f"C{index % 10}"
-            values = 100 * np.array([[record[f"{model}/{metric}"] for record in run] for run in seeds])
-            mean, std = values.mean(axis=0), values.std(axis=0, ddof=1) if len(seeds) > 1 else None
-            rounds = [record["round"] for record in seeds[0]]
-            megabytes = np.mean([[record["bytes_per_client"] / 1e6 for record in run] for run in seeds], axis=0)
-            kwargs = dict(
-                color=color,
-                linestyle=STYLES[index % 4],
-                marker=MARKERS[index % 8],
-                markersize=4,
-                markevery=max(1, len(rounds) // 8),
-            )
-            left.plot(rounds, mean, label=label, **kwargs)
-            if megabytes[-1] > 0:
-                right.plot(megabytes, mean, **kwargs)
-            else:
-                right.axhline(mean[-1], color=color, linestyle=STYLES[index % 4], linewidth=1)
-                silent.append(label)
-            if std is not None:
-                left.fill_between(rounds, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-            index += 1
+    silent = []
+    for index, ((method, model), label) in enumerate(row_labels(final_scores(runs, metric)).items()):
+        seeds, color = runs[method], f"C{index % 10}"
+        values = 100 * np.array([[record[f"{model}/{metric}"] for record in run] for run in seeds])
+        mean, std = values.mean(axis=0), values.std(axis=0, ddof=1) if len(seeds) > 1 else None
+        rounds = [record["round"] for record in seeds[0]]
+        megabytes = np.mean([[record["bytes_per_client"] / 1e6 for record in run] for run in seeds], axis=0)
+        kwargs = dict(
+            color=color,
+            linestyle=STYLES[index % 4],
+            marker=MARKERS[index % 8],
+            markersize=4,
+            markevery=max(1, len(rounds) // 8),
+        )
+        left.plot(rounds, mean, label=label, **kwargs)
+        if megabytes[-1] > 0:
+            right.plot(megabytes, mean, **kwargs)
+        else:
+            right.axhline(mean[-1], color=color, linestyle=STYLES[index % 4], linewidth=1)
+            silent.append(label)
+        if std is not None:
+            left.fill_between(rounds, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.set(xlabel="round", ylabel=f"{split} {metric} [%]")
     right.set(xlabel="megabytes sent and received per client")
@@ -82,7 +78,7 @@ def accuracy_plot(
         right.xaxis.set_minor_formatter(NullFormatter())
     if silent:
         right.set_title(f"nothing sent (horizontal lines): {', '.join(silent)}", fontsize=8)
-    if index <= 8:
+    if len(left.lines) <= 8:
         left.legend(fontsize=8)
     else:  # it would hide the curves
         figure.set_size_inches(13, 4.6)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,44 @@ def table_rows(
     return rows
 
 
+def final_scores(runs: Mapping[str, Sequence[Sequence[Record]]], metric: str) -> dict[tuple[str, str], np.ndarray]:
+    """`{(method, model): [S]}`, the metric at the end in percent, one number for each seed.
+
+    Raises:
+        ValueError: a method without a model that has it.
+
+    >>> final_scores({"FedAvg": [[{"model/f1": 0.25}], [{"model/f1": 0.5}]]}, "f1")
+    {('FedAvg', 'model'): array([25., 50.])}
+    """
+    return {
+        (method, model): 100 * np.array([run[-1][f"{model}/{metric}"] for run in seeds])
+        for method, seeds in runs.items()
+        for model in models_with(seeds[0][-1], metric)
+    }
+
+
+def row_labels(rows: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What a figure calls each (method, model): the method, and the model where the method has several.
+
+    >>> row_labels([("FedAvg", "model"), ("FedKD", "teacher"), ("FedKD", "student")])
+    {('FedAvg', 'model'): 'FedAvg', ('FedKD', 'teacher'): 'FedKD, teacher', ('FedKD', 'student'): 'FedKD, student'}
+    """
+    rows = list(rows)
+    methods = [method for method, _ in rows]
+    return {row: row[0] if methods.count(row[0]) == 1 else ", ".join(row) for row in rows}
+
+
+def half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Half of the 95 % interval of the mean, Student's; NaN of one value.
+
+    >>> round(half_width([1.0, 2.0, 3.0]), 2), half_width([1.0])
+    (2.48, nan)
+    """
+    if len(values) < 2:
+        return float("nan")
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
+
+
 def significance_rows(
     runs: Mapping[str, Sequence[Sequence[Record]]], metric: str, baselines: Sequence[str]
 ) -> list[dict[str, str]]:
@@ -140,11 +178,7 @@ def significance_rows(
     >>> rows[0]["difference"], rows[1]["f1 %"], rows[1]["difference"], rows[1]["p"]
     ('-', '72.00 ± 2.48', '+11.00', '0.0027')
     """
-    values = {
-        (method, model): 100 * np.array([run[-1][f"{model}/{metric}"] for run in seeds])
-        for method, seeds in runs.items()
-        for model in models_with(seeds[0][-1], metric)
-    }
+    values = final_scores(runs, metric)
     few = min(map(len, values.values()))
     if few < 2:
         raise ValueError(f"runs has {few} seed of a method; allowed: two or more, for a deviation")
@@ -154,8 +188,7 @@ def significance_rows(
     best = max(known, key=lambda row: values[row].mean())
     rows = []
     for (method, model), own in values.items():
-        half = scipy.stats.t.ppf(0.975, len(own) - 1) * scipy.stats.sem(own)
-        row = {"method": method, "model": model, f"{metric} %": f"{own.mean():.2f} ± {half:.2f}"}
+        row = {"method": method, "model": model, f"{metric} %": f"{own.mean():.2f} ± {half_width(own):.2f}"}
         other = values[best]
         row |= {"difference": "-", "p": "-"}
         if (method, model) != best and len(own) == len(other) and np.isfinite(own).all():

@@ -55,7 +55,7 @@ PARAMETERS = {  # positional, then by keyword only
     "kl_divergence": ("p_logits q_logits mask", ""),
     "mutual_distillation": (
         "teacher student labels mask projection",
-        "adaptive distill hidden mutual stop_weight_gradient",
+        "adaptive distill hidden attention mutual stop_weight_gradient",
     ),
     "energy_threshold": ("start end rounds", ""),
     "retained_rank": ("singular_values threshold", ""),
@@ -74,7 +74,13 @@ PARAMETERS = {  # positional, then by keyword only
 }
 DEFAULTS = {
     "mutual_distillation": dict(
-        projection=None, adaptive=True, distill=True, hidden=True, mutual=True, stop_weight_gradient=False
+        projection=None,
+        adaptive=True,
+        distill=True,
+        hidden=True,
+        attention=True,
+        mutual=True,
+        stop_weight_gradient=False,
     ),
     "truncated_svd": dict(method="auto", max_rank=None),
 }

@@ -1,5 +1,6 @@
 """Laws of `fedkd_jax.losses`, under jit and without, against float64 NumPy and its central differences."""
 
+import dataclasses
 import functools
 
 import chex
@@ -358,3 +359,15 @@ def test_a_teacher_may_learn_from_the_labels_alone(drawn):
     assert one_way["teacher_total"] == one_way["teacher_task"]
     for name in both.keys() - {"teacher_total"}:
         assert one_way[name] == both[name]
+
+
+@settings(max_examples=20)
+@given(strategies.distillation((4, 3), heads=2))
+def test_without_attention_hidden_states_are_all_that_is_compared(drawn):
+    teacher, student, labels, mask, projection = drawn
+    without = [dataclasses.replace(outputs, attention=()) for outputs in (teacher, student)]
+    found = mutual_distillation(*drawn, attention=False)
+    chex.assert_trees_all_equal(found, mutual_distillation(*without, labels, mask, projection))
+    chex.assert_trees_all_close(
+        found.hidden, oracle((*without, labels, mask, projection))["hidden"], rtol=1e-4, atol=1e-5
+    )

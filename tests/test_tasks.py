@@ -347,8 +347,8 @@ def test_models_that_compare_attention_have_equal_heads(folder):
     clients = build_data(config)
     with pytest.raises(ConfigError, match=r"student\.heads is 8; allowed: the teacher's 4"):
         build_algorithm(other, MethodConfig(), clients)
-    alone = dataclasses.replace(other, methods={"a": MethodConfig(hidden=False)})
-    build_algorithm(alone, alone.methods["a"], clients)
+    for method in (MethodConfig(hidden=False), MethodConfig(attention=False)):
+        build_algorithm(dataclasses.replace(other, methods={"a": method}), method, clients)
 
 
 @pytest.mark.parametrize("case", ["tagging", "recommendation"])

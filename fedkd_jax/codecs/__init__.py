@@ -13,10 +13,12 @@ from fedkd_jax.codecs.low_rank import compressible_by_rank, max_factored_rank, s
 from fedkd_jax.codecs.power import power_codec
 from fedkd_jax.codecs.quantised import quantise
 from fedkd_jax.codecs.sparse import server_sketch_codec, sketch, sketch_codec, top_k, unsketch
+from fedkd_jax.codecs.spectrum import cumulative_energy, spectrum_codec
 
 __all__ = [
     "chain",
     "compressible_by_rank",
+    "cumulative_energy",
     "encode",
     "error_feedback",
     "identity_codec",
@@ -29,6 +31,7 @@ __all__ = [
     "server_sketch_codec",
     "sketch",
     "sketch_codec",
+    "spectrum_codec",
     "svd_codec",
     "top_k",
     "unsketch",
