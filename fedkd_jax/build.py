@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -370,9 +371,18 @@ def build_codecs(method: MethodConfig, rounds: int) -> dict[str, Codec | None]:
 
 
 def build_algorithm(
-    config: Experiment, method: MethodConfig, clients: Clients, layout: Layout | None = None
+    config: Experiment,
+    method: MethodConfig,
+    clients: Clients,
+    layout: Layout | None = None,
+    wrap: Callable[[Codec], Codec] | None = None,
 ) -> Algorithm:
     """A method as an `Algorithm` for these clients.
+
+    Args:
+        config, method, clients: what is run.
+        layout: how clients are mapped over the hardware.
+        wrap: what the uplink's codec is replaced by, of methods that send an update, such as one that looks at messages.
 
     >>> config = Experiment(data=DataConfig(clients=3))
     >>> sorted(build_algorithm(config, config.methods["FedKD"], build_data(config)).predict)
@@ -386,6 +396,8 @@ def build_algorithm(
     if method.message == "gradient":  # the server's steps
         shared_steps = config.rounds
     codecs: dict[str, Any] = build_codecs(method, config.rounds)
+    if wrap is not None:
+        codecs["uplink"] = wrap(codecs["uplink"] or identity_codec())
     own = method.server_optimizer
     server: dict[str, Any] = {} if own is None else {"server_optimizer": build_optimizer(own, config.rounds)}
     weights: dict[str, Any] = {"weight_fn": {"examples": example_weight, "uniform": uniform_weight}[method.weighting]}

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from fedkd_jax import plots
 from fedkd_jax.report import Record, final_scores, half_width, row_labels
 
 COLUMN = 3.5  # inches, 89 mm
@@ -37,6 +38,82 @@ def _figure(width: float, height: float, path: Path | None, draw) -> Figure:
 def _grey(index: int, of: int) -> tuple[float, float, float, float]:
     """One of several colours whose lightness alone tells them apart."""
     return colormaps["cividis"](0.15 + 0.75 * index / max(of - 1, 1))
+
+
+def comparison_figures(
+    runs: Mapping[str, Sequence[Sequence[Record]]],
+    *,
+    metric: str,
+    split: str = "test",
+    title: str = "",
+    clients: Sequence[str] | None = None,
+    thresholds: Mapping[str, tuple[float, float]] | None = None,
+) -> dict[str, tuple[Figure, str]]:
+    """All figures that a comparison has, by file name, with their captions.
+
+    Args:
+        runs: as in `report.table_rows`.
+        metric: which metric.
+        split: of which examples.
+        title: of the figures.
+        clients: names of the clients, where they are few.
+        thresholds: `{method: (t_start, t_end)}` of methods that differ in nothing else.
+
+    >>> def run(score, sent): return [[{"round": 1, "model/f1": score, "bytes_per_client": sent}]]
+    >>> list(comparison_figures({"FedAvg": run(0.6, 2e6), "FedKD": run(0.6, 1e6)}, metric="f1"))
+    ['f1', 'bars', 'pareto']
+    """
+    scores, label = final_scores(runs, metric), f"{split} {metric} [%]"
+    seeds = max(map(len, runs.values()))
+    over = f"mean over {seeds} seeds with its 95 % interval" if seeds > 1 else "one seed"
+    models: dict[str, dict[str, np.ndarray]] = {}
+    for (method, model), values in scores.items():
+        models.setdefault(method, {})[model] = values
+    curves = plots.accuracy_plot(runs, metric=metric, split=split, title=title)
+    figures = {
+        metric: (
+            curves,
+            f"{split} {metric} against rounds and against traffic; bands are one standard deviation over seeds",
+        ),
+        "bars": (
+            bars_plot(models, label=label, title=title),
+            f"{label[:-4]} at the end, {over}; the axis does not begin at 0",
+        ),
+    }
+    if any(run[-1]["bytes_per_client"] > 0 for seeds in runs.values() for run in seeds):
+        caption = f"{label[:-4]} against traffic, {over}; the line is the front: no method has more for less"
+        figures["pareto"] = (pareto_plot(runs, metric=metric, title=title), caption)
+    of_client: dict[tuple[str, str], list[Any]] = {
+        row: [run[-1].get(f"{row[1]}/{metric}_of_client") for run in runs[row[0]]] for row in scores
+    }
+    told = {label: of_client[row] for row, label in row_labels(scores).items() if None not in of_client[row]}
+    if told:
+        if clients is not None:
+            groups = {
+                name: {row: _percent(seeds)[:, i] for row, seeds in told.items()} for i, name in enumerate(clients)
+            }
+            caption = f"{label[:-4]} of each client at the end, {over}; the axis does not begin at 0"
+            figures["client-bars"] = (bars_plot(groups, label=label, title=title), caption)
+        else:
+            caption = (
+                f"how {metric} is spread over clients at the end: quartiles, median (line) and mean (diamond), whiskers to the "
+                "5th and 95th percentile; of each client the mean over seeds"
+            )
+            figures["spread"] = (clients_plot(told, label=f"{metric} of each client [%]", title=title), caption)
+    if thresholds:
+        model = max(model for method, model in scores if method in thresholds)  # the teacher, if there is one
+        cells = {
+            pair: (scores[method, model].mean(), np.mean([run[-1]["bytes_per_client"] for run in runs[method]]) / 1e6)
+            for method, pair in thresholds.items()
+        }
+        caption = f"{label[:-4]} of the {model} and megabytes a client, for the T of the first and the last round"
+        figures["thresholds"] = (threshold_plot(cells, label=label, title=title), caption)
+    return figures
+
+
+def _percent(seeds: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """`[S, N]`, NaN where a client has no value."""
+    return 100 * np.array(seeds, np.float64)
 
 
 def bars_plot(
@@ -144,7 +221,7 @@ def pareto_plot(
                     str(i), (1, mean), xycoords=("axes fraction", "data"), fontsize=6, ha="right", va="bottom"
                 )
                 notes.append(f"{i} {names[row]} ({SILENT})")
-        front = _front({row: (sent[row], scores[row].mean()) for row in talking})
+        front = _front([(sent[row], float(scores[row].mean())) for row in talking])
         if front:
             axis.step(*zip(*front, strict=True), where="post", color="black", linewidth=1, label="front")
             axis.set_xscale("log")
@@ -161,10 +238,10 @@ def pareto_plot(
     return _figure(1.7 * COLUMN, max(2.8, 0.125 * len(scores) + 0.6), path, draw)
 
 
-def _front(points: Mapping[tuple[str, str], tuple[float, float]]) -> list[tuple[float, float]]:
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those (cost, score) that no other beats, from the cheapest up."""
     best, front = -np.inf, []
-    for cost, score in sorted(points.values(), key=lambda point: (point[0], -point[1])):
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if score > best:
             best = score
             front.append((cost, score))
@@ -218,33 +295,29 @@ def threshold_plot(
 
 
 def clients_plot(
-    runs: Mapping[str, Sequence[Sequence[Record]]],
+    values: Mapping[str, Sequence[Sequence[float | None]]],
     path: Path | None = None,
     *,
-    metric: str = "accuracy",
+    label: str = "",
     title: str = "",
 ) -> Figure:
-    """How the metric is spread over clients at the end, means over seeds: boxes from the lower to the upper quartile, whiskers
-    from the 5th to the 95th percentile, clients beyond them as points. A client without a value is left out.
+    """How a metric is spread over clients, means over seeds: boxes from the lower to the upper quartile, whiskers from the 5th
+    to the 95th percentile, clients beyond them as points. A client that has no value with a seed is left out.
 
     Args:
-        runs: as in `report.table_rows`, with records made with `of_clients=[metric]`.
+        values: `{row: [S, N]}`, shares, None where a client has no value.
         path: where to save it, if anywhere.
-        metric: which metric.
+        label: of the axis.
         title: of the figure.
 
-    >>> run = [[{"model/f1": 0.7, "model/f1_of_client": [0.5, 0.9, None]}]]
-    >>> figure = clients_plot({"FedAvg": run}, metric="f1")
-    >>> figure.axes[0].get_xlabel(), [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    ('f1 of each client [%]', ['FedAvg'])
+    >>> figure = clients_plot({"FedAvg": [[0.5, 0.9, None]]}, label="f1 [%]")
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ['FedAvg']
     """
     boxes = {}
-    for (method, model), label in row_labels(final_scores(runs, metric)).items():
-        values = [run[-1].get(f"{model}/{metric}_of_client") for run in runs[method]]
-        if None not in values:
-            of_seeds = 100 * np.array(values, np.float64)  # None becomes NaN
-            kept = np.isfinite(of_seeds).all(axis=0)
-            boxes[label] = of_seeds[:, kept].mean(axis=0)
+    for row, seeds in values.items():
+        of_seeds = _percent(seeds)
+        boxes[row] = of_seeds[:, np.isfinite(of_seeds).all(axis=0)].mean(axis=0)
 
     def draw(figure):
         axis = figure.add_subplot()
@@ -260,7 +333,7 @@ def clients_plot(
             medianprops=dict(color="black"),
         )
         axis.invert_yaxis()
-        axis.set(xlabel=f"{metric} of each client [%]", title=title)
+        axis.set(xlabel=label, title=title)
         axis.grid(axis="x", alpha=0.3)
 
     return _figure(1.4 * COLUMN, 0.8 + 0.18 * len(boxes), path, draw)

@@ -25,6 +25,7 @@ from fedkd_jax.types import Algorithm, History, State
 from sims import hardware
 
 FEW_CLIENTS = 8  # and tables have a column for each
+SEVERAL_CLIENTS = 1000  # and records hold each one's score
 console = Console()
 if not console.is_terminal:
     console = Console(width=200)  # in a pipe or a log file rich assumes 80 columns and cuts tables
@@ -212,7 +213,7 @@ def run_method(
     """
     task = progress.add_task(label, total=config.rounds)
     counts, size = clients.test.count, len(clients.parts)
-    of_clients = clients.scores[-1:] if clients.names is not None and size <= FEW_CLIENTS else ()
+    of_clients = clients.scores[-1:] if size <= SEVERAL_CLIENTS else ()
     state, history = simulate(
         algorithm,
         size,
@@ -253,6 +254,18 @@ def make_table(rows: list[dict[str, str]], title: str) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+def write_table(folder: pathlib.Path, name: str, rows: list[dict[str, str]]) -> None:
+    """Rows as NAME.md, to read, and NAME.csv.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     write_table(folder := pathlib.Path(where), "table", [{"a": "1"}]); sorted(path.name for path in folder.iterdir())
+    ['table.csv', 'table.md']
+    """
+    (folder / f"{name}.md").write_text(report.markdown(rows) + "\n")
+    (folder / f"{name}.csv").write_text(report.as_csv(rows))
 
 
 def write_config(folder: pathlib.Path, config: Experiment) -> None:

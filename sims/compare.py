@@ -2,8 +2,9 @@
 
 Every method sees the same clients, the same splits and the same seeds. Writes into a new folder runs/NAME-N: config.yaml
 (resolved), results.jsonl (every evaluation of every run), results.csv and results.parquet (the same with a row for each
-number), table.md, table.csv, significance.md (from two seeds on), clients.png, a plot of the task's score (accuracy.png,
-f1.png, auc.png), clients.md where clients have names, and remarks.txt where there is something to know.
+number), tables as .md and .csv (table; significance, from two seeds on; clients, where few have names), plots (the task's
+score, accuracy.png, f1.png or auc.png; bars.png; pareto.png; spread.png or client-bars.png; thresholds.png where methods are a
+grid of T; clients.png, who holds what), remarks.txt where there is something to know, and all of it as one page, report.html.
 
 A cell is one method with one seed. Its evaluations are in cells/DIGEST.partial while it runs and in cells/DIGEST.jsonl when it
 is finished. With `--out FOLDER --resume True` finished cells of the same digest are not run again, whatever else the config
@@ -26,11 +27,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from fedkd_jax import plots, report
+from fedkd_jax import figures, report
 from fedkd_jax.build import build_algorithm, build_data, checkpoint_folder
 from fedkd_jax.config import Experiment, MethodConfig, to_yaml
+from fedkd_jax.page import render
 from fedkd_jax.tasks import Clients
 from sims import common, hardware
+from sims.report import section_of, thresholds_of
 
 
 def baseline_of(config: Experiment) -> str | None:
@@ -140,23 +143,35 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     held_out = common.held_out(config)
     title = f"{config.name}: {held_out} {scores[-1]} after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
     common.console.print("", common.make_table(rows, title))
-    (folder / "table.md").write_text(report.markdown(rows) + "\n")
-    (folder / "table.csv").write_text(report.as_csv(rows))
+    common.write_table(folder, "table", rows)
     if len(config.seeds) > 1:
         known = [n for n, m in config.methods.items() if m.algorithm not in ("fedkd", "centralised")]
         baselines = known or list(config.methods)[:1]  # of ablations, the first
         sure = report.significance_rows(runs, scores[-1], baselines)
-        (folder / "significance.md").write_text(report.markdown(sure) + "\n")
+        common.write_table(folder, "significance", sure)
         title = (
             f"{config.name}: 95 % intervals; difference from the best method but FedKD and centralised, paired t-test"
         )
         common.console.print("", common.make_table(sure, title))
-    if clients.names is not None and len(clients.names) <= common.FEW_CLIENTS:
-        each = report.client_rows(runs, scores[-1], clients.names)
+    names = None if len(clients.parts) > common.FEW_CLIENTS else clients.names
+    if names is not None:
+        each = report.client_rows(runs, scores[-1], names)
         common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))
-        (folder / "clients.md").write_text(report.markdown(each) + "\n")
-    plots.accuracy_plot(runs, folder / f"{scores[-1]}.png", metric=scores[-1], split=held_out, title=config.name)
-    common.console.print(f"{time.perf_counter() - start:.0f} s; table, figure, results and config: {folder}")
+        common.write_table(folder, "clients", each)
+    drawn = figures.comparison_figures(
+        runs,
+        metric=scores[-1],
+        split=held_out,
+        title=config.name,
+        clients=names,
+        thresholds=thresholds_of(config),
+    )
+    for name, (figure, _) in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    (folder / "report.html").write_text(render(config.name, [section_of(folder)]), encoding="utf-8")
+    common.console.print(
+        f"{time.perf_counter() - start:.0f} s; tables, figures, results, config and report.html: {folder}"
+    )
     return folder
 
 

@@ -1,7 +1,8 @@
 """One experiment: `python -m sims.run CONFIG [--method NAME] [--overrides]`.
 
 Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, a picture of
-the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md, and remarks.txt where there are any.
+the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md and table.csv, and remarks.txt where
+there are any. `python -m sims.report FOLDER` makes a page of it.
 """
 
 if __name__ == "__main__":
@@ -10,6 +11,7 @@ if __name__ == "__main__":
     hardware.prepare_environment()
 
 import pathlib
+import time
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -39,10 +41,13 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.tell_remarks(folder, clients)
     common.plot_clients(folder, clients)
 
+    versions = hardware.versions()
     with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:
+        began, of_run = time.perf_counter(), {"method": name, "seed": config.seeds[0]}
 
         def on_record(record: dict) -> None:
-            common.append_jsonl(folder / "metrics.jsonl", record)
+            seconds = round(time.perf_counter() - began, 3)
+            common.append_jsonl(folder / "metrics.jsonl", of_run | record | {"seconds": seconds} | versions)
             for key, value in record.items():
                 if key != "round" and not isinstance(value, list):
                     writer.add_scalar(key, value, record["round"])
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
     rows, held_out = report.table_rows({name: [records]}, None, clients.scores), common.held_out(config)
     common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))
-    (folder / "table.md").write_text(report.markdown(rows) + "\n")
+    common.write_table(folder, "table", rows)
     main = clients.scores[-1]
     plots.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")

@@ -21,6 +21,7 @@ from fedkd_jax.config import load_config, to_yaml
 from fedkd_jax.plots import accuracy_plot
 from fedkd_jax.report import table_rows
 from sims import common, compare, run
+from sims import report as report_program
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -59,8 +60,9 @@ def test_every_config_runs_two_rounds(path, tmp_path, capsys):
     assert {r["method"] for r in results} == set(config.methods)
     assert {r["round"] for r in results} == {1, 2}
     assert all(r["not_finite"] == 0 for r in results)
-    for name in ("accuracy.png", "clients.png"):
+    for name in ("accuracy.png", "bars.png", "pareto.png", "spread.png", "clients.png"):
         assert (folder / name).stat().st_size > 10_000
+    assert (folder / "report.html").read_text().count("<img") == 5
     for name in config.methods:
         assert name in (folder / "table.md").read_text()
     assert load_config(folder / "config.yaml").rounds == 2
@@ -77,6 +79,9 @@ def test_run_writes_metrics_and_events(tmp_path):
     assert lines[1]["bytes_per_client"] > lines[0]["bytes_per_client"] > 0
     assert list(folder.glob("events.out.tfevents.*"))
     assert (folder / "table.md").read_text().count("FedKD") == 2  # teacher and student
+    page = report_program.main([str(folder), "--out", str(tmp_path / "page.html")]).read_text()
+    assert lines[-1]["method"] == "FedKD"
+    assert page.count("--method FedKD --seeds 0") == 1
 
 
 def test_devices_and_chunks_give_the_same_numbers(tmp_path):
@@ -261,6 +266,10 @@ def test_a_comparison_goes_on_where_it_was_left(tmp_path):
     assert {row["metric"] for row in rows} >= {"accuracy", "accuracy_per_client", "bytes_per_client", "teacher_task"}
     for row in rows:
         record = told[1][row["method"], row["seed"], row["round"]]
+        metric, _, client = row["metric"].partition(" of client ")
+        if client:
+            assert record[f"{row['model']}/{metric}_of_client"][int(client)] == row["value"]
+            continue
         assert record[f"{row['model']}/{row['metric']}" if row["model"] else row["metric"]] == row["value"]
     assert rows[0]["jax"] == jax.__version__
     assert len((again / "results.csv").read_text().splitlines()) == 1 + len(rows)

@@ -54,7 +54,7 @@ def spectrum_codec(
     return Codec(compress, codec.decode, codec.decode_sum, init)
 
 
-def cumulative_energy(singular_values: np.ndarray) -> np.ndarray:
+def cumulative_energy(singular_values: Array) -> np.ndarray:
     """The share of a matrix's energy in its first k values, sum_{i<=k} s_i^2 / sum_i s_i^2, for k = 1..r; NaN of zeros.
 
     Args:
