@@ -133,6 +133,7 @@ def _run_rounds(
 ):
     """`rounds` <= `length` rounds; their infos in the first rows of `[length, K]` buffers."""
     clients = data.start.shape[0]
+    round_fn = jax.jit(round_fn)  # is traced once for the shapes of its results and for the loop
 
     def one_round(state: State) -> tuple[State, RoundInfo]:
         ids = sample_cohort(key, state.server.round, clients, cohort)
