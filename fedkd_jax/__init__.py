@@ -70,9 +70,9 @@ from fedkd_jax.algorithms import (
     scaffold,
 )
 from fedkd_jax.population import init_state
-from fedkd_jax.evaluate import evaluate
+from fedkd_jax.evaluate import evaluate, evaluate_seeds
 from fedkd_jax.metrics import Metric, accuracy, binary_f1, entity_f1, ranking, token_accuracy
-from fedkd_jax.simulate import simulate
+from fedkd_jax.simulate import simulate, simulate_seeds
 from fedkd_jax.models import (
     TransformerConfig,
     cnn,

@@ -56,31 +56,75 @@ def evaluate(
     >>> result["model"]["accuracy"].shape, result["pooled"]["model"]["accuracy"] - float(result["model"]["accuracy"][0])
     ((2,), 0.0)
     """
+    options, values = _plan(algorithm, data, metrics, batch)
+    return values(_counts(state, data, **options))
+
+
+def evaluate_seeds(
+    algorithm: Algorithm,
+    state: State,
+    data: FederatedData,
+    *,
+    metrics: Mapping[str, AnyMetric] = METRICS,
+    batch: int = 256,
+    layout: Layout | None = None,
+) -> list[dict[str, dict[str, Any]]]:
+    """`evaluate` of every seed of `simulate_seeds`.
+
+    Args:
+        state: `[S, ...]`.
+        algorithm, data, metrics, batch: as in `evaluate`.
+        layout: where the seeds run.
+
+    Returns:
+        A dict per seed.
+
+    Raises:
+        ValueError: as `evaluate`.
+
+    >>> import optax
+    >>> from fedkd_jax import fedavg, mlp, simulate_seeds
+    >>> algorithm = fedavg(mlp((2, 2)), optimizer=optax.sgd(0.1), batch=2)
+    >>> data = FederatedData(inputs=np.eye(2, dtype=np.float32), labels=np.arange(2), start=np.array([0]),
+    ...                      count=np.array([2]), max_count=2)
+    >>> state, _ = simulate_seeds(algorithm, 1, data, jax.random.split(jax.random.key(0), 3), rounds=1)
+    >>> len(evaluate_seeds(algorithm, state, data))
+    3
+    """
+    options, values = _plan(algorithm, data, metrics, batch)
+    counts = jax.device_get(_counts_of_seeds(state, data, seeds=layout or Layout(), **options))
+    return [values(jax.tree.map(lambda x: x[i], counts)) for i in range(len(state.server.round))]  # noqa: B023
+
+
+def _plan(algorithm: Algorithm, data: FederatedData, metrics: Mapping[str, AnyMetric], batch: int):
+    """What `_counts` is compiled for, and the function from what it returns to what `evaluate` does."""
     for model in algorithm.predict:
         if model in RESERVED:
             raise ValueError(f"a model is called {model!r}; allowed: any name but {' and '.join(RESERVED)}")
     whole = {name: as_metric(metric) for name, metric in metrics.items()}
     models = dict(sorted(algorithm.predict.items()))  # the order of the tables
     fns = tuple(dict.fromkeys(metric.counts for metric in whole.values()))  # precision and recall share theirs
-    counts = _counts(
-        state,
-        data,
+    options: dict[str, Any] = dict(
         predict=tuple(models.values()),
         layout=algorithm.layout or Layout(),
         fns=fns,
         batch=min(batch, data.max_count),
     )
     rows = np.asarray(data.count)
-    out: dict[str, dict[str, Any]] = {model: {} for model in models}
-    pooled: dict[str, dict[str, float]] = {model: {} for model in models}
-    for model, of_model in zip(models, counts, strict=True):
-        for name, metric in whole.items():
-            own = jax.tree.map(np.asarray, of_model[fns.index(metric.counts)])
-            together = jax.tree.map(lambda x: x.sum(axis=0, dtype=np.float64), own)
-            with np.errstate(divide="ignore", invalid="ignore"):  # a client without examples may be 0 / 0
-                out[model][name] = np.where(rows > 0, metric.value(own), np.nan).astype(np.float32)
-                pooled[model][name] = float(metric.value(together)) if rows.any() else float("nan")
-    return {**out, "pooled": pooled}
+
+    def values(counts) -> dict[str, dict[str, Any]]:
+        out: dict[str, dict[str, Any]] = {model: {} for model in models}
+        pooled: dict[str, dict[str, float]] = {model: {} for model in models}
+        for model, of_model in zip(models, counts, strict=True):
+            for name, metric in whole.items():
+                own = jax.tree.map(np.asarray, of_model[fns.index(metric.counts)])
+                together = jax.tree.map(lambda x: x.sum(axis=0, dtype=np.float64), own)
+                with np.errstate(divide="ignore", invalid="ignore"):  # a client without examples may be 0 / 0
+                    out[model][name] = np.where(rows > 0, metric.value(own), np.nan).astype(np.float32)
+                    pooled[model][name] = float(metric.value(together)) if rows.any() else float("nan")
+        return {**out, "pooled": pooled}
+
+    return options, values
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "layout", "fns", "batch"))
@@ -106,6 +150,11 @@ def _counts(state, data, *, predict, layout, fns, batch):
     clients = jax.tree.map(lambda x: x[: data.start.shape[0]], state.clients)
     out, _ = map_clients(one_client, (clients, data.start, data.count), (state.server, data), layout=layout)
     return out
+
+
+@functools.partial(jax.jit, static_argnames=("seeds", "predict", "layout", "fns", "batch"))
+def _counts_of_seeds(state, data, *, seeds, **options):
+    return map_clients(lambda s, d: (_counts(s, d, **options), ()), (state,), (data,), layout=seeds)[0]
 
 
 def _scorer(predict: Predict, server, client, own: FederatedData) -> Callable[[PyTree], Leaf]:

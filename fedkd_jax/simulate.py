@@ -1,8 +1,9 @@
-"""Many rounds: compiled loops over rounds between evaluations, states donated, one trace."""
+"""Many rounds: compiled loops over rounds between evaluations, states donated, one trace; with one seed, or many at once."""
 
 import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import numpy as np
 
 from fedkd_jax.cohort import put, sample_cohort, take
 from fedkd_jax.data import take_clients
-from fedkd_jax.evaluate import METRICS, evaluate
+from fedkd_jax.evaluate import METRICS, evaluate, evaluate_seeds
 from fedkd_jax.metrics import AnyMetric
-from fedkd_jax.parallel import Layout
+from fedkd_jax.parallel import Layout, map_clients, place
 from fedkd_jax.population import init_state, place_data
 from fedkd_jax.types import Algorithm, FederatedData, History, Key, RoundInfo, State
 
@@ -69,46 +70,163 @@ def simulate(
     >>> history.rounds.ids.shape, int(state.server.round), history.evaluations[-1]["round"]
     ((4, 2), 4, 4)
     """
-    clients = data.start.shape[0]
-    cohort = clients if cohort is None else cohort
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; allowed: at least 1")
-    if isinstance(population, int) and population != clients:
-        raise ValueError(f"population is {population}; allowed: {clients}, the number of clients in data")
-    if not 1 <= cohort <= clients:
-        raise ValueError(f"cohort is {cohort}; allowed: 1 to the population, {clients}")
-    if eval_every is not None and eval_every < 1:
-        raise ValueError(f"eval_every is {eval_every}; allowed: at least 1")
-    if test is not None and test.start.shape[0] != clients:
-        raise ValueError(f"test has {test.start.shape[0]} clients; allowed: {clients}, as in data")
-
+    clients = _check(population, data, rounds, cohort, test, eval_every)
     init_key, run_key = jax.random.split(key)
     layout = algorithm.layout or Layout()
     state = (
         init_state(algorithm, clients, init_key) if isinstance(population, int) else jax.tree.map(jnp.copy, population)
     )
-    data = place_data(data, layout)
-    test = None if test is None else place_data(test, layout)
-    first = int(state.server.round)
-    last, length = first + rounds, min(eval_every or rounds, rounds)
+    data, evaluate_fn = place_data(data, layout), None
+    if test is not None:
+        examples = place_data(test, layout)
+        evaluate_fn = lambda s: [evaluate(algorithm, s, examples, metrics=metrics, batch=eval_batch)]  # noqa: E731
+    options = _options(algorithm, cohort or clients, rounds, eval_every)
 
+    def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
+        state, info = _run_rounds(state, data, run_key, jnp.int32(count), **options)
+        # before jax 0.12, collectives of two programs in flight can wait for each other for ever
+        return state, [jax.tree.map(lambda x: x[:count], jax.device_get(info))]
+
+    state, (history,) = _loop(
+        state,
+        run,
+        evaluate_fn,
+        first=int(state.server.round),
+        rounds=rounds,
+        eval_every=eval_every,
+        on_rounds=None if on_rounds is None else lambda done, infos: on_rounds(done, *infos),
+        on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
+    )
+    return state, history
+
+
+def simulate_seeds(
+    algorithm: Algorithm,
+    population: int | State,
+    data: FederatedData,
+    keys: Key,
+    *,
+    rounds: int,
+    cohort: int | None = None,
+    test: FederatedData | None = None,
+    eval_every: int | None = None,
+    eval_batch: int = 256,
+    metrics: Mapping[str, AnyMetric] = METRICS,
+    on_rounds: Callable[[int, list[RoundInfo]], None] | None = None,
+    on_evaluation: Callable[[list[History]], None] | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, list[History]]:
+    """`simulate` for S keys at once, in one program: seeds are to it what clients are to a round.
+
+    A seed's results are those of `simulate` with its key: to the bit with `Layout(chunk=1)`, else to rounding.
+
+    Args:
+        algorithm: as in `simulate`, but for one device: what is split over several is the seeds.
+        population: the number of clients, or the `State [S]` to go on from (it is copied, not consumed).
+        data, rounds, cohort, test, eval_every, eval_batch, metrics: as in `simulate`, the same for all seeds.
+        keys: `[S]`, a run's key each.
+        on_rounds, on_evaluation: as in `simulate`, but called with a list, an entry per seed.
+        layout: where the seeds run, and how many of them at once on each device. The S states are held twice.
+
+    Returns:
+        The states, `[S, ...]`, and a history per seed.
+
+    Raises:
+        ValueError: as `simulate`; an algorithm whose layout has several devices.
+
+    >>> import optax
+    >>> from fedkd_jax import fedavg, mlp
+    >>> data = FederatedData(inputs=np.eye(6, dtype=np.float32), labels=np.arange(6) % 2, start=np.array([0, 2, 5]),
+    ...                      count=np.array([2, 3, 1]), max_count=3)
+    >>> algorithm = fedavg(mlp((6, 2)), optimizer=optax.sgd(0.5), batch=2)
+    >>> state, histories = simulate_seeds(algorithm, 3, data, jax.random.split(jax.random.key(0), 4), rounds=2, test=data)
+    >>> state.server.round.tolist(), [history.evaluations[-1]["round"] for history in histories]
+    ([2, 2, 2, 2], [2, 2, 2, 2])
+    """
+    clients, seeds = _check(population, data, rounds, cohort, test, eval_every), len(keys)
+    if algorithm.layout is not None and algorithm.layout.devices > 1:
+        raise ValueError(
+            f"algorithm.layout has {algorithm.layout.devices} devices; allowed: 1, layout splits the seeds"
+        )
+    layout = layout or Layout()
+    # a device without a seed of its own gets the last one, for which it does nothing
+    rows = np.minimum(np.arange(-(-seeds // layout.devices) * layout.devices), seeds - 1)
+    init_keys, run_keys = jax.vmap(jax.random.split, out_axes=1)(keys[rows])
+    state = place(_init_seeds(algorithm, population, clients, init_keys, rows), layout, "clients")
+    run_keys, data, evaluate_fn = place(run_keys, layout, "clients"), place_data(data, layout), None
+    if test is not None:
+        over = functools.partial(evaluate_seeds, data=place_data(test, layout), metrics=metrics, batch=eval_batch)
+        evaluate_fn = lambda s: over(algorithm, s, layout=layout)[:seeds]  # noqa: E731
+    options = _options(algorithm, cohort or clients, rounds, eval_every)
+
+    def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
+        # under vmap, bounds that differ would have all that a round writes written again
+        counts = jnp.where(jnp.arange(len(rows)) < seeds, count, 0) if layout.chunk == 1 else jnp.int32(count)
+        state, info = _run_seeds(state, data, run_keys, counts, seeds=layout, **options)
+        info = jax.device_get(info)
+        return state, [jax.tree.map(lambda x: x[i, :count], info) for i in range(seeds)]  # noqa: B023
+
+    state, histories = _loop(
+        state,
+        run,
+        evaluate_fn,
+        first=int(state.server.round[0]),
+        rounds=rounds,
+        eval_every=eval_every,
+        on_rounds=on_rounds,
+        on_evaluation=on_evaluation,
+    )
+    return state if len(rows) == seeds else jax.jit(take)(state, np.arange(seeds)), histories
+
+
+def _check(population, data, rounds, cohort, test, eval_every) -> int:
+    """The number of clients, if everything fits."""
+    clients = data.start.shape[0]
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; allowed: at least 1")
+    if isinstance(population, int) and population != clients:
+        raise ValueError(f"population is {population}; allowed: {clients}, the number of clients in data")
+    if cohort is not None and not 1 <= cohort <= clients:
+        raise ValueError(f"cohort is {cohort}; allowed: 1 to the population, {clients}")
+    if eval_every is not None and eval_every < 1:
+        raise ValueError(f"eval_every is {eval_every}; allowed: at least 1")
+    if test is not None and test.start.shape[0] != clients:
+        raise ValueError(f"test has {test.start.shape[0]} clients; allowed: {clients}, as in data")
+    return clients
+
+
+def _options(algorithm: Algorithm, cohort: int, rounds: int, eval_every: int | None) -> dict[str, Any]:
+    """What `_run_rounds` is compiled for."""
+    length = min(eval_every or rounds, rounds)
+    return dict(round_fn=algorithm.round, cohort=cohort, length=length, layout=algorithm.layout or Layout())
+
+
+def _init_seeds(algorithm: Algorithm, population: int | State, clients: int, keys: Key, rows: np.ndarray) -> State:
+    if not isinstance(population, int):
+        return jax.jit(take)(population, rows)
+    stack = jax.jit(lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states))  # not a compilation for every leaf
+    return stack([init_state(algorithm, clients, key) for key in keys])
+
+
+def _loop(
+    state: State,
+    run: Callable[[State, int], tuple[State, list[RoundInfo]]],
+    evaluate_fn: Callable[[State], list[dict]] | None,
+    *,
+    first: int,
+    rounds: int,
+    eval_every: int | None,
+    on_rounds: Callable[[int, list[RoundInfo]], None] | None,
+    on_evaluation: Callable[[list[History]], None] | None,
+) -> tuple[State, list[History]]:
+    """The host's part: how many rounds are run next, what is reported when. Lists have an entry per seed."""
     infos, evaluations = [], []
-    done, per_call = first, length if on_rounds is None else 1
+    last = first + rounds
+    done, per_call = first, min(eval_every or rounds, rounds) if on_rounds is None else 1
     while done < last:
         stop = min(last, done + per_call, last if eval_every is None else (done // eval_every + 1) * eval_every)
         start = time.perf_counter()
-        state, info = _run_rounds(
-            state,
-            data,
-            run_key,
-            jnp.int32(stop - done),
-            round_fn=algorithm.round,
-            cohort=cohort,
-            length=length,
-            layout=layout,
-        )
-        # before jax 0.12, collectives of two programs in flight can wait for each other for ever
-        info = jax.tree.map(lambda x: x[: stop - done], jax.device_get(info))  # noqa: B023
+        state, info = run(state, stop - done)
         elapsed = time.perf_counter() - start
         infos.append(info)
         if on_rounds is not None:
@@ -116,15 +234,17 @@ def simulate(
                 per_call = max(1, int(SECONDS_PER_CALL * (stop - done) / elapsed))
             on_rounds(stop, info)
         done = stop
-        if test is not None and (done == last or (eval_every and done % eval_every == 0)):
-            evaluations.append({"round": done, **evaluate(algorithm, state, test, metrics=metrics, batch=eval_batch)})
+        if evaluate_fn is not None and (done == last or (eval_every and done % eval_every == 0)):
+            evaluations.append([{"round": done, **evaluation} for evaluation in evaluate_fn(state)])
             if on_evaluation is not None:
-                on_evaluation(_history(infos, evaluations))
-    return state, _history(infos, evaluations)
+                on_evaluation(_histories(infos, evaluations))
+    return state, _histories(infos, evaluations)
 
 
-def _history(infos: list[RoundInfo], evaluations: list[dict]) -> History:
-    return History(rounds=jax.tree.map(lambda *x: np.concatenate(x), *infos), evaluations=tuple(evaluations))
+def _histories(infos: list[list[RoundInfo]], evaluations: list[list[dict]]) -> list[History]:
+    rounds = [jax.tree.map(lambda *x: np.concatenate(x), *of_seed) for of_seed in zip(*infos, strict=True)]
+    of_seeds = list(zip(*evaluations, strict=True)) or [()] * len(rounds)
+    return [History(rounds=r, evaluations=e) for r, e in zip(rounds, of_seeds, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("round_fn", "cohort", "length", "layout"), donate_argnames=("state",))
@@ -151,3 +271,16 @@ def _run_rounds(
     _, info = jax.eval_shape(one_round, state)
     infos = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), info)
     return jax.lax.fori_loop(0, rounds, body, (state, infos))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("seeds", "round_fn", "cohort", "length", "layout"), donate_argnames=("state",)
+)
+def _run_seeds(state: State, data: FederatedData, keys: Key, rounds, *, seeds: Layout, **options):
+    """`_run_rounds` of every seed, all it returns `[S, ...]`; `rounds` `[S]`, or one number for all."""
+
+    def one_seed(state, key, rounds, data):
+        return _run_rounds(state, data, key, rounds, **options), ()
+
+    own, shared = ((state, keys, rounds), (data,)) if rounds.ndim else ((state, keys), (rounds, data))
+    return map_clients(one_seed, own, shared, layout=seeds)[0]

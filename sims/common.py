@@ -7,8 +7,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from fedkd_jax import Layout, client_mesh, init_state, plots, report, simulate
+from fedkd_jax import Layout, client_mesh, init_state, plots, report, simulate, simulate_seeds
 from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.tasks import Clients
-from fedkd_jax.types import Algorithm, History, State
+from fedkd_jax.types import Algorithm, History
 from sims import hardware
 
 FEW_CLIENTS = 8  # and tables have a column for each
@@ -43,6 +43,9 @@ class Options:
     out: str | None = None  # folder for the results; default runs/NAME-N
     devices: int | None = None  # devices the clients are split over; default all (on a CPU one per core)
     resume: bool = False  # sims.compare: `out` is an earlier comparison's, of which what is finished is not run again
+    seeds_at_once: bool | None = (
+        None  # sims.compare: a method's seeds in one program; default on an accelerator, if they fit
+    )
     chunk: str = "auto"  # clients trained at once on a device: a number, "auto" by platform, or "measure" to time some
 
 
@@ -151,13 +154,39 @@ def check_memory(algorithms: Mapping[str, Algorithm], clients: Clients) -> None:
     """
     limit, size = hardware.memory_bytes(), len(clients.parts)
     for name, algorithm in algorithms.items():
-        state = jax.eval_shape(lambda a=algorithm: init_state(a, size, jax.random.key(0)))
-        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.clients))
-        if held > limit:
+        if (held := _state_bytes(algorithm, clients)) > limit:
             raise ValueError(
                 f"methods.{name} keeps states of {size:,} clients, {report.human_bytes(held)}; allowed: at most this machine's "
                 f"memory, {report.human_bytes(limit)} (fewer clients, smaller models, sgd, reset_optimizer)"
             )
+
+
+def _state_bytes(algorithm: Algorithm, clients: Clients) -> int:
+    state = jax.eval_shape(lambda: init_state(algorithm, len(clients.parts), jax.random.key(0)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Clients, layout: Layout) -> Layout | None:
+    """How so many seeds of a method run at once; None where one runs after another, its clients split over the devices.
+
+    Seeds are split over the devices, if that gives more than half of them one. On an accelerator those of a device run under
+    `vmap`. On a CPU they run one after another, and at once only if asked to: what devices wait less for each other was no
+    more, in 30 rounds of a small model, than the larger program took longer to compile.
+
+    >>> from fedkd_jax.build import build_data
+    >>> config, clients = Experiment(), build_data(Experiment())
+    >>> algorithm = build_algorithm(config, config.methods["FedKD"], clients)
+    >>> seeds_layout(Options(seeds_at_once=False), 3, algorithm, clients, Layout()) is None
+    True
+    """
+    devices, on_cpu = min(layout.devices, seeds), jax.default_backend() == "cpu"
+    wanted = not on_cpu if options.seeds_at_once is None else options.seeds_at_once
+    if not wanted or seeds < 2 or 2 * seeds <= layout.devices:
+        return None
+    states = -(-seeds // devices) * devices * _state_bytes(algorithm, clients)
+    if 2 * states > hardware.memory_bytes():  # `simulate_seeds` holds them twice
+        return None
+    return Layout(mesh=client_mesh(devices) if devices > 1 else None, chunk=1 if on_cpu else None)
 
 
 def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: int = 3) -> list[float]:
@@ -193,32 +222,45 @@ def run_method(
     config: Experiment,
     algorithm: Algorithm,
     clients: Clients,
-    seed: int,
+    seeds: Sequence[int],
     label: str,
     progress: Progress,
-    on_record: Callable[[dict], None] | None = None,
-) -> tuple[State, History, list[dict]]:
-    """Runs one method with one seed under a progress bar; returns the state, the history and its records.
+    on_record: Callable[[int, dict], None],
+    layout: Layout | None = None,
+) -> list[list[report.Record]]:
+    """Runs one method under a progress bar; returns the records of each seed.
 
-    `on_record` gets each evaluation's record as it comes.
+    Args:
+        config, clients, algorithm: which, for one device where `layout` is given.
+        seeds: one, or with `layout` as many as are to run at once.
+        label, progress: the bar's.
+        on_record: gets the seed and the record of each evaluation as it comes.
+        layout: of `seeds_layout`.
 
     >>> from fedkd_jax.build import build_data
     >>> from fedkd_jax.config import DataConfig
     >>> config = Experiment(rounds=1, data=DataConfig(clients=2))
     >>> clients = build_data(config)
     >>> algorithm = build_algorithm(config, config.methods["FedKD"], clients)
-    >>> _, _, rows = run_method(config, algorithm, clients, 0, "FedKD", Progress(disable=True))
+    >>> told = lambda seed, record: print(seed, record["round"])
+    >>> (rows,) = run_method(config, algorithm, clients, [7], "FedKD", Progress(disable=True), told)
+    7 1
     >>> rows[-1]["round"]
     1
     """
     task = progress.add_task(label, total=config.rounds)
     counts, size = clients.test.count, len(clients.parts)
     of_clients = clients.scores[-1:] if size <= SEVERAL_CLIENTS else ()
-    state, history = simulate(
-        algorithm,
-        size,
-        clients.train,
-        jax.random.key(seed),
+    keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
+
+    def records(histories: Sequence[History]) -> list[list[report.Record]]:
+        return [report.records(history, counts, size, of_clients=of_clients) for history in histories]
+
+    def on_evaluation(*histories: History) -> None:
+        for seed, of_seed in zip(seeds, records(histories), strict=True):
+            on_record(seed, of_seed[-1])
+
+    options: dict[str, Any] = dict(
         rounds=config.rounds,
         cohort=config.cohort,
         test=clients.test,
@@ -226,11 +268,14 @@ def run_method(
         eval_batch=clients.eval_batch,
         metrics=clients.metrics,
         on_rounds=lambda done, _: progress.update(task, completed=done),
-        on_evaluation=None
-        if on_record is None
-        else lambda history: on_record(report.records(history, counts, size, of_clients=of_clients)[-1]),
     )
-    return state, history, report.records(history, counts, size, of_clients=of_clients)
+    if layout is None:
+        (key,) = keys
+        _, history = simulate(algorithm, size, clients.train, key, on_evaluation=on_evaluation, **options)
+        return records([history])
+    tell = lambda histories: on_evaluation(*histories)  # noqa: E731
+    _, histories = simulate_seeds(algorithm, size, clients.train, keys, on_evaluation=tell, layout=layout, **options)
+    return records(histories)
 
 
 def held_out(config: Experiment) -> str:

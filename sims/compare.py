@@ -9,6 +9,10 @@ grid of T; clients.png, who holds what), remarks.txt where there is something to
 A cell is one method with one seed. Its evaluations are in cells/DIGEST.partial while it runs and in cells/DIGEST.jsonl when it
 is finished. With `--out FOLDER --resume True` finished cells of the same digest are not run again, whatever else the config
 now has, also more methods or seeds; nothing in cells/ is ever deleted but partial files.
+
+The seeds of a method that are left to run do so at once, in one program, on an accelerator or with `--seeds-at-once True`, see
+`common.seeds_layout`. "seconds" of a record is the time since they began, compilation included, over their number: a method's
+last ones add up to what it took.
 """
 
 if __name__ == "__main__":
@@ -18,7 +22,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import hashlib
-import itertools
 import pathlib
 import time
 
@@ -31,6 +34,7 @@ from fedkd_jax import figures, report
 from fedkd_jax.build import build_algorithm, build_data, checkpoint_folder
 from fedkd_jax.config import Experiment, MethodConfig, to_yaml
 from fedkd_jax.page import render
+from fedkd_jax.parallel import Layout
 from fedkd_jax.tasks import Clients
 from sims import common, hardware
 from sims.report import section_of, thresholds_of
@@ -106,28 +110,36 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.plot_clients(folder, clients)
 
     (cells := folder / "cells").mkdir(exist_ok=True)
-    examples, versions = fingerprint(config, clients), hardware.versions()
+    examples, versions, one_device = fingerprint(config, clients), hardware.versions(), Layout(chunk=layout.chunk)
     runs: dict[str, list[list[report.Record]]] = {name: [] for name in algorithms}
     others = set()
     with common.progress_bar() as progress:
-        for (name, algorithm), seed in itertools.product(algorithms.items(), config.seeds):
-            cell = cell_of(config, config.methods[name], seed, examples)
-            done, label = cells / f"{cell}.jsonl", f"{name}, seed {seed}"
-            if done.exists():
-                progress.add_task(f"{label}: done before", total=config.rounds, completed=config.rounds)
-            else:
-                began = time.perf_counter()
-                (partial := done.with_suffix(".partial")).write_text("")
+        for name, method in config.methods.items():
+            digests = {seed: cell_of(config, method, seed, examples) for seed in config.seeds}
+            files = {seed: cells / f"{digest}.jsonl" for seed, digest in digests.items()}
+            for seed, done in files.items():
+                if done.exists():
+                    progress.add_task(f"{name}, seed {seed}: done before", total=config.rounds, completed=config.rounds)
+            left = [seed for seed, done in files.items() if not done.exists()]
+            at_once = common.seeds_layout(options, len(left), algorithms[name], clients, layout)
+            algorithm = algorithms[name] if at_once is None else build_algorithm(config, method, clients, one_device)
+            for seeds in [[seed] for seed in left] if at_once is None else [left]:
+                began, partials = time.perf_counter(), {seed: files[seed].with_suffix(".partial") for seed in seeds}
+                for partial in partials.values():
+                    partial.write_text("")
 
-                def on_record(record, began=began, partial=partial):
-                    seconds = round(time.perf_counter() - began, 3)
-                    common.append_jsonl(partial, {**record, "seconds": seconds, **versions})
+                def on_record(seed, record, began=began, partials=partials):
+                    seconds = round((time.perf_counter() - began) / len(partials), 3)
+                    common.append_jsonl(partials[seed], {**record, "seconds": seconds, **versions})
 
-                common.run_method(config, algorithm, clients, seed, label, progress, on_record)
-                partial.replace(done)
-            of_run = {"method": name, "seed": seed, "cell": cell}
-            runs[name].append([of_run | record for record in common.read_jsonl(done)])
-            others |= {key for record in runs[name][-1] for key in versions if record[key] != versions[key]}
+                label = f"{name}, seed{'s' if at_once else ''} {', '.join(map(str, seeds))}"
+                common.run_method(config, algorithm, clients, seeds, label, progress, on_record, at_once)
+                for seed, partial in partials.items():
+                    partial.replace(files[seed])
+            for seed, done in files.items():
+                of_run = {"method": name, "seed": seed, "cell": digests[seed]}
+                runs[name].append([of_run | record for record in common.read_jsonl(done)])
+            others |= {key for run in runs[name] for record in run for key in versions if record[key] != versions[key]}
     if others:
         common.console.print(f"some cells were run with another {', '.join(sorted(others))}: see results.csv")
 

@@ -45,14 +45,14 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:
         began, of_run = time.perf_counter(), {"method": name, "seed": config.seeds[0]}
 
-        def on_record(record: dict) -> None:
+        def on_record(_: int, record: dict) -> None:
             seconds = round(time.perf_counter() - began, 3)
             common.append_jsonl(folder / "metrics.jsonl", of_run | record | {"seconds": seconds} | versions)
             for key, value in record.items():
                 if key != "round" and not isinstance(value, list):
                     writer.add_scalar(key, value, record["round"])
 
-        _, _, records = common.run_method(config, algorithm, clients, config.seeds[0], name, progress, on_record)
+        (records,) = common.run_method(config, algorithm, clients, config.seeds[:1], name, progress, on_record)
 
     rows, held_out = report.table_rows({name: [records]}, None, clients.scores), common.held_out(config)
     common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))

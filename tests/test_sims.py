@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pyarrow.parquet
@@ -15,12 +16,14 @@ import scipy.stats
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 
-from fedkd_jax import History, RoundInfo, report, task_terms
+from fedkd_jax import History, Layout, RoundInfo, client_mesh, report, task_terms
+from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import load_config, to_yaml
 from fedkd_jax.plots import accuracy_plot
 from fedkd_jax.report import table_rows
-from sims import common, compare, run
+from sims import common, compare, hardware, run
 from sims import report as report_program
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -273,6 +276,57 @@ def test_a_comparison_goes_on_where_it_was_left(tmp_path):
         assert record[f"{row['model']}/{row['metric']}" if row["model"] else row["metric"]] == row["value"]
     assert rows[0]["jax"] == jax.__version__
     assert len((again / "results.csv").read_text().splitlines()) == 1 + len(rows)
+
+
+def test_seeds_at_once_are_cells_of_their_own(eight_devices, tmp_path, capsys, monkeypatch):
+    config = load_config(ROOT / "configs" / "digits.yaml")
+    data = dataclasses.replace(config.data, clients=4)
+    methods = {"local": config.methods["local only"]}
+    config = dataclasses.replace(config, methods=methods, rounds=3, eval_every=2, data=data)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    clients, method, versions = common_data(config), methods["local"], hardware.versions()
+    algorithm, silent = build_algorithm(config, method, clients), Progress(disable=True)
+    alone = {i: common.run_method(config, algorithm, clients, [i], "", silent, lambda *_: None)[0] for i in (1, 2)}
+    cell = compare.cell_of(config, method, 1, compare.fingerprint(config, clients))
+    (cells := tmp_path / "out" / "cells").mkdir(parents=True)
+    for record in alone[1]:
+        common.append_jsonl(cells / f"{cell}.jsonl", {**record, "seconds": 7.0, **versions})
+    append, told = common.append_jsonl, []
+
+    def spy(path, record):
+        append(path, record)
+        if path.parent == cells:
+            told.append((record["round"], sorted(len(common.read_jsonl(p)) for p in cells.glob("*.partial"))))
+
+    monkeypatch.setattr(common, "append_jsonl", spy)
+    flags = ["--devices", "2", "--seeds", "0", "1", "2", "--out", str(tmp_path / "out"), "--resume", "True"]
+    flags += ["--seeds-at-once", "True"]
+    out = compare.main([str(tmp_path / "config.yaml"), *flags])
+    assert "local, seeds 0, 2 " in capsys.readouterr().out
+    assert told == [(2, [0, 1]), (2, [1, 1]), (3, [1, 2]), (3, [2, 2])]  # as they come, of both
+    assert {path.suffix for path in cells.iterdir()} == {".jsonl"}
+    results = common.read_jsonl(out / "results.jsonl")
+    assert {(r["seed"], r["seconds"] == 7.0) for r in results} == {(0, False), (1, True), (2, False)}
+    found = [{key: r[key] for key in alone[2][0]} for r in results if r["seed"] == 2]
+    chex.assert_trees_all_close(found, alone[2], rtol=1e-3)
+
+
+def test_seeds_run_at_once_where_devices_are_busy_and_states_fit(eight_devices, monkeypatch):
+    config = load_config(ROOT / "configs" / "digits.yaml")
+    clients = common_data(config)
+    algorithm = build_algorithm(config, config.methods["FedKD"], clients)
+
+    def devices(seeds, there, wanted=True):
+        options, layout = common.Options(seeds_at_once=wanted), Layout(mesh=client_mesh(there) if there > 1 else None)
+        layout = common.seeds_layout(options, seeds, algorithm, clients, layout)
+        return layout and layout.devices
+
+    asked = ((0, 2), (1, 2), (2, 1), (2, 2), (3, 2), (4, 8), (5, 8))
+    assert [devices(*each) for each in asked] == [None, None, 1, 2, 2, None, 5]
+    assert devices(2, 2, None) == (None if jax.default_backend() == "cpu" else 2)
+    assert devices(2, 2, False) is None
+    monkeypatch.setattr(hardware, "memory_bytes", lambda: 2 * 10**8)  # a seed needs 28 MB, twice
+    assert (devices(2, 2), devices(3, 2)) == (2, None)
 
 
 def test_resuming_without_a_folder_is_told(tmp_path):

@@ -24,6 +24,7 @@ from fedkd_jax import (
     put,
     sample_cohort,
     simulate,
+    simulate_seeds,
     svd_codec,
     take,
 )
@@ -117,9 +118,9 @@ def test_one_device_equals_many_and_chunks(eight_devices, devices, chunk):
 # ---- cadence and traces, on a cheap method -----------------------------------------------------------------------------
 
 
-def counted():
-    """FedAvg whose round counts how often it is traced."""
-    base, traces = fedavg(mlp((strategies.FEATURES, 3)), optimizer=optax.sgd(0.1), batch=4), []
+def counted(base=None):
+    """FedAvg, or what is given, whose round counts how often it is traced."""
+    base, traces = base or fedavg(mlp((strategies.FEATURES, 3)), optimizer=optax.sgd(0.1), batch=4), []
 
     def round(*args):
         traces.append(1)
@@ -183,6 +184,65 @@ def test_a_population_starts_from_its_ids_and_is_padded_over_devices(eight_devic
     assert {s.data.shape[0] for s in kernel.addressable_shards} == {1}
 
 
+# ---- many seeds at once ------------------------------------------------------------------------------------------------
+
+KEYS = jax.random.split(KEY, 3)
+
+
+@functools.cache
+def one_by_one():
+    """A method that keeps client states, the list of its traces, and its runs."""
+    kept, traces = counted(strategies.ALGORITHMS["fedavg, optimiser kept"](Layout(chunk=1)))
+    return kept, traces, [simulate(kept, 5, DATA, key, rounds=5, cohort=2, test=TEST, eval_every=2) for key in KEYS]
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_seeds_at_once_are_runs_one_by_one(chunk):
+    """To the bit where one runs after another."""
+    kept, traces, alone = one_by_one()
+    seen, heard = [], []
+    state, histories = simulate_seeds(
+        kept,
+        5,
+        DATA,
+        KEYS,
+        rounds=5,
+        cohort=2,
+        test=TEST,
+        eval_every=2,
+        on_rounds=lambda done, infos: seen.append((done, len(infos))),
+        on_evaluation=lambda histories: heard.append([h.evaluations[-1] for h in histories]),
+        layout=Layout(chunk=chunk),
+    )
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-5)
+    same = chex.assert_trees_all_equal if chunk == 1 else close
+    for i, (expected, history) in enumerate(alone):
+        same(one(state, i), jax.tree.map(np.asarray, expected))
+        same(histories[i], history)
+        chex.assert_trees_all_equal(tuple(evaluations[i] for evaluations in heard), histories[i].evaluations)
+    assert len(histories) == 3
+    assert seen[-1] == (5, 3)
+    assert len(traces) == 1
+
+
+def test_seeds_over_devices_go_on_to_the_bit(eight_devices):
+    """FedKD with schedules and SVD; the third seed has a device alone, the first is that of `ten`."""
+    keys, layout = KEYS.at[0].set(KEY), Layout(mesh=client_mesh(2), chunk=1)
+    run = functools.partial(simulate_seeds, algorithm(), data=DATA, keys=keys, cohort=2, layout=layout)
+    half, first = run(population=5, rounds=5)
+    whole, second = run(population=half, rounds=5)
+    traced = [
+        jax.tree.map(lambda *x: np.concatenate(x), a.rounds, b.rounds) for a, b in zip(first, second, strict=True)
+    ]
+    state, history = ten()
+    chex.assert_trees_all_close(one(whole, 0), jax.tree.map(np.asarray, state), rtol=5e-3, atol=5e-4)
+    chex.assert_trees_all_close(traced[0], history.rounds, rtol=5e-3, atol=5e-4)
+    again, third = run(population=half, rounds=5)  # the states to go on from are not consumed
+    chex.assert_trees_all_equal((again, third), (whole, second))
+    with pytest.raises(ValueError, match=r"algorithm\.layout has 2 devices; allowed: 1"):
+        simulate_seeds(algorithm(2, 2), 5, DATA, keys, rounds=1)
+
+
 def test_errors_name_the_argument_its_value_and_what_is_allowed():
     for match, population, options in [
         (r"rounds is 0; allowed: at least 1", 5, dict(rounds=0)),
@@ -194,5 +254,7 @@ def test_errors_name_the_argument_its_value_and_what_is_allowed():
     ]:
         with pytest.raises(ValueError, match=match):
             simulate(cheap(), population, DATA, KEY, **options)
+        with pytest.raises(ValueError, match=match):
+            simulate_seeds(cheap(), population, DATA, KEYS, **options)
     with pytest.raises(ValueError, match=r"population is 0; allowed: at least 1"):
         init_state(cheap(), 0, KEY)
