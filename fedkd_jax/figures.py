@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from fedkd_jax import plots
+from fedkd_jax.plots import plain
 from fedkd_jax.report import Record, final_scores, half_width, row_labels
 
 COLUMN = 3.5  # inches, 89 mm
@@ -27,6 +28,7 @@ def _figure(width: float, height: float, path: Path | None, draw) -> Figure:
     FigureCanvasAgg(figure)
     draw(figure)
     for axis in figure.axes:
+        axis.set_title(plain(axis.get_title(), 40))
         axis.tick_params(labelsize=7)
         for text in (axis.xaxis.label, axis.yaxis.label, axis.title):
             text.set_fontsize(8)
@@ -63,25 +65,22 @@ def comparison_figures(
     >>> list(comparison_figures({"FedAvg": run(0.6, 2e6), "FedKD": run(0.6, 1e6)}, metric="f1"))
     ['f1', 'bars', 'pareto']
     """
-    scores, label = final_scores(runs, metric), f"{split} {metric} [%]"
+    scores, what = final_scores(runs, metric), f"{split} {metric}"
+    label = f"{what} [%]"
     seeds = max(map(len, runs.values()))
     over = f"mean over {seeds} seeds with its 95 % interval" if seeds > 1 else "one seed"
     models: dict[str, dict[str, np.ndarray]] = {}
     for (method, model), values in scores.items():
         models.setdefault(method, {})[model] = values
     curves = plots.accuracy_plot(runs, metric=metric, split=split, title=title)
+    bands = "; bands are one standard deviation over seeds" if seeds > 1 else ""
+    bars = bars_plot(models, label=label, title=title)
     figures = {
-        metric: (
-            curves,
-            f"{split} {metric} against rounds and against traffic; bands are one standard deviation over seeds",
-        ),
-        "bars": (
-            bars_plot(models, label=label, title=title),
-            f"{label[:-4]} at the end, {over}; the axis does not begin at 0",
-        ),
+        metric: (curves, f"{what} against rounds and against traffic{bands}"),
+        "bars": (bars, f"{what} at the end, {over}; the axis does not begin at 0"),
     }
     if any(run[-1]["bytes_per_client"] > 0 for seeds in runs.values() for run in seeds):
-        caption = f"{label[:-4]} against traffic, {over}; the line is the front: no method has more for less"
+        caption = f"{what} against traffic, {over}; the line is the front: no method has more for less"
         figures["pareto"] = (pareto_plot(runs, metric=metric, title=title), caption)
     of_client: dict[tuple[str, str], list[Any]] = {
         row: [run[-1].get(f"{row[1]}/{metric}_of_client") for run in runs[row[0]]] for row in scores
@@ -92,7 +91,7 @@ def comparison_figures(
             groups = {
                 name: {row: _percent(seeds)[:, i] for row, seeds in told.items()} for i, name in enumerate(clients)
             }
-            caption = f"{label[:-4]} of each client at the end, {over}; the axis does not begin at 0"
+            caption = f"{what} of each client at the end, {over}; the axis does not begin at 0"
             figures["client-bars"] = (bars_plot(groups, label=label, title=title), caption)
         else:
             caption = (
@@ -106,7 +105,7 @@ def comparison_figures(
             pair: (scores[method, model].mean(), np.mean([run[-1]["bytes_per_client"] for run in runs[method]]) / 1e6)
             for method, pair in thresholds.items()
         }
-        caption = f"{label[:-4]} of the {model} and megabytes a client, for the T of the first and the last round"
+        caption = f"{what} of the {model} and megabytes a client, for the T of the first and the last round"
         figures["thresholds"] = (threshold_plot(cells, label=label, title=title), caption)
     return figures
 
@@ -138,7 +137,7 @@ def bars_plot(
 
     def draw(figure):
         axis = figure.add_subplot()
-        y, ticks, ends = 0.0, [], []
+        y, ticks, ends, handles = 0.0, [], [], {}
         for bars in values.values():
             shown = [name for name in names if name in bars]
             ticks.append(y + (len(shown) - 1) / 2)
@@ -146,7 +145,7 @@ def bars_plot(
                 i, mean, half = names.index(name), np.mean(bars[name]), half_width(bars[name])
                 if np.isfinite(mean):
                     style = dict(color=_grey(i, len(names)), edgecolor="black", linewidth=0.4, hatch=HATCHES[i % 8])
-                    axis.barh(y, mean, height=0.9, label=name, **style)
+                    handles[plain(name)] = axis.barh(y, mean, height=0.9, **style)
                     half = half if np.isfinite(half) else 0.0
                     axis.errorbar(mean, y, xerr=half, color="black", capsize=2, linewidth=0.8)
                     axis.annotate(
@@ -163,7 +162,7 @@ def bars_plot(
         low, high = min(ends, default=0.0), max(ends, default=1.0)
         room = max(high - low, 1.0)
         axis.set_xlim(low - 0.25 * room, high + 0.2 * room)
-        axis.set_yticks(ticks, values)
+        axis.set_yticks(ticks, map(plain, values))
         axis.invert_yaxis()
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.3)
@@ -171,8 +170,6 @@ def bars_plot(
         if title:
             axis.set_title(title)
         if not alone:
-            handles, labels = axis.get_legend_handles_labels()
-            handles = dict(zip(labels, handles, strict=True))
             figure.legend(handles.values(), handles, fontsize=7, loc="outside lower center", ncols=min(len(names), 3))
 
     count = sum(map(len, values.values())) + 0.6 * len(values)
@@ -214,13 +211,13 @@ def pareto_plot(
                     sent[row], mean, yerr=half, fmt="o", color="black", markersize=3, capsize=2, linewidth=0.7
                 )
                 axis.annotate(str(i), (sent[row], mean), xytext=(3, 3), textcoords="offset points", fontsize=6)
-                notes.append(f"{i} {names[row]}")
+                notes.append(plain(f"{i} {names[row]}", 40))
             elif np.isfinite(mean):
                 axis.axhline(mean, color="grey", linestyle=":", linewidth=0.8)
                 axis.annotate(
                     str(i), (1, mean), xycoords=("axes fraction", "data"), fontsize=6, ha="right", va="bottom"
                 )
-                notes.append(f"{i} {names[row]} ({SILENT})")
+                notes.append(plain(f"{i} {names[row]} ({SILENT})", 40))
         front = _front([(sent[row], float(scores[row].mean())) for row in talking])
         if front:
             axis.step(*zip(*front, strict=True), where="post", color="black", linewidth=1, label="front")
@@ -324,7 +321,7 @@ def clients_plot(
         axis.boxplot(
             [*boxes.values()],
             orientation="horizontal",
-            tick_labels=[*boxes],
+            tick_labels=[*map(plain, boxes)],
             whis=(5, 95),
             widths=0.6,
             showmeans=True,
@@ -367,7 +364,7 @@ def spectrum_plot(
     markers = "osD^vPX*"
 
     def draw(figure):
-        left, right = figure.subplots(1, 2)
+        (left, right), handles = figure.subplots(1, 2), {}
         for i, kind in enumerate(energy):
             color = _grey(i, len(energy))
             rounds = sorted(energy[kind])
@@ -379,7 +376,7 @@ def spectrum_plot(
             half = np.nan_to_num([half_width(needed[kind][round]) for round in at])
             every = max(1, len(at) // 6)
             style = dict(color=color, marker=markers[i % 8], markersize=3, markevery=every, linewidth=1)
-            right.plot(at, 100 * mean, label=kind, **style)
+            (handles[plain(kind)],) = right.plot(at, 100 * mean, **style)
             right.fill_between(at, 100 * (mean - half), 100 * (mean + half), color=color, alpha=0.2, linewidth=0)
         left.axhline(threshold, color="grey", linestyle=":", linewidth=0.8)
         left.set(xlabel="share of the singular values", ylabel="share of the energy", xscale="log")
@@ -389,6 +386,6 @@ def spectrum_plot(
         right.set_title(title)
         for axis in (left, right):
             axis.grid(alpha=0.3)
-        figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
+        figure.legend(handles.values(), handles, fontsize=7, loc="outside lower center", ncols=4)
 
     return _figure(2 * COLUMN, 2.7 + 0.13 * -(-len(energy) // 4), path, draw)

@@ -43,7 +43,9 @@ class Table:
 
     @property
     def head(self) -> list[Cell]:
-        return [Cell(column, "left" if column in TEXT_COLUMNS else "") for column in self.rows[0]]
+        return [
+            Cell(column, "left" if column in TEXT_COLUMNS else "") for column in (self.rows[0] if self.rows else ())
+        ]
 
     @property
     def body(self) -> list[list[Cell]]:
@@ -85,13 +87,14 @@ class Section:
     """What a page says of one run.
 
     >>> Section("digits").figures
-    ()
+    {}
     """
 
     title: str
     remarks: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    figures: Sequence[tuple[Figure | bytes, str]] = ()  # or the bytes of a PNG; with their captions
+    # by name, or the bytes of a PNG, with their captions
+    figures: Mapping[str, tuple[Figure | bytes, str]] = dataclasses.field(default_factory=dict)
     texts: Sequence[Text] = ()
 
 
@@ -110,7 +113,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
     template = resources.files("fedkd_jax").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     drawn = [
-        {**vars(section), "figures": [_image(figure, caption) for figure, caption in section.figures]}
+        {**vars(section), "figures": [_image(figure, caption) for figure, caption in section.figures.values()]}
         for section in sections
     ]
     return environment.from_string(template).render(title=title, sections=drawn)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,15 @@ from fedkd_jax.report import Record, final_scores, row_labels
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
+
+
+def plain(text: str, width: int = 30) -> str:
+    """A name as it may stand in a figure: in short lines, and no mathematics.
+
+    >>> plain("a name of $5", 8)
+    'a name\\nof \\\\$5'
+    """
+    return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
 
 
 def accuracy_plot(
@@ -46,7 +56,7 @@ def accuracy_plot(
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    silent = []
+    silent, handles = [], {}
     for index, ((method, model), label) in enumerate(row_labels(final_scores(runs, metric)).items()):
         seeds, color = runs[method], f"C{index % 10}"
         values = 100 * np.array([[record[f"{model}/{metric}"] for record in run] for run in seeds])
@@ -60,7 +70,7 @@ def accuracy_plot(
             markersize=4,
             markevery=max(1, len(rounds) // 8),
         )
-        left.plot(rounds, mean, label=label, **kwargs)
+        handles.update({plain(label): left.plot(rounds, mean, **kwargs)[0]})
         if megabytes[-1] > 0:
             right.plot(megabytes, mean, **kwargs)
         else:
@@ -77,16 +87,16 @@ def accuracy_plot(
         right.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         right.xaxis.set_minor_formatter(NullFormatter())
     if silent:
-        right.set_title(f"nothing sent (horizontal lines): {', '.join(silent)}", fontsize=8)
+        right.set_title(f"nothing sent (horizontal lines): {plain(', '.join(silent), 60)}", fontsize=8)
     if len(left.lines) <= 8:
-        left.legend(fontsize=8)
+        left.legend(handles.values(), handles, fontsize=8)
     else:  # it would hide the curves
         figure.set_size_inches(13, 4.6)
-        figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside right center")
+        figure.legend(handles.values(), handles, fontsize=7, loc="outside right center")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(plain(title, 80))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

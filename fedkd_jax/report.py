@@ -139,7 +139,8 @@ def row_labels(rows: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """
     rows = list(rows)
     methods = [method for method, _ in rows]
-    return {row: row[0] if methods.count(row[0]) == 1 else ", ".join(row) for row in rows}
+    labels = {row: row[0] if methods.count(row[0]) == 1 else ", ".join(row) for row in rows}
+    return labels if len({*labels.values()}) == len(labels) else {row: ", ".join(row) for row in rows}
 
 
 def half_width(values: Sequence[float] | np.ndarray) -> float:
@@ -168,30 +169,31 @@ def significance_rows(
 
     Returns:
         Rows of strings: method, model, mean and half width of the interval in percent, the difference from the best baseline
-        in points, and p; "-" for the baseline itself, and for p where all seeds differ by the same.
+        in points, which is itself called "reference", and p; "-" where there is nothing to compare: a row with a value that is
+        not finite, no baseline without one, or for p all seeds differing by the same.
 
     Raises:
-        ValueError: fewer than two seeds, or no baseline among the methods that has a finite value for each seed.
+        ValueError: fewer than two seeds, or no baseline among the methods.
 
     >>> def runs(*values): return [[{"model/f1": v}] for v in values]
     >>> rows = significance_rows({"FedAvg": runs(0.60, 0.62, 0.61), "ours": runs(0.71, 0.72, 0.73)}, "f1", ["FedAvg"])
     >>> rows[0]["difference"], rows[1]["f1 %"], rows[1]["difference"], rows[1]["p"]
-    ('-', '72.00 ± 2.48', '+11.00', '0.0027')
+    ('reference', '72.00 ± 2.48', '+11.00', '0.0027')
     """
     values = final_scores(runs, metric)
     few = min(map(len, values.values()))
     if few < 2:
         raise ValueError(f"runs has {few} seed of a method; allowed: two or more, for a deviation")
-    known = [row for row in values if row[0] in baselines and np.isfinite(values[row]).all()]
-    if not known:
+    if not set(baselines) & set(runs):
         raise ValueError(f"baselines is {list(baselines)}; allowed: some of {', '.join(runs)}")
-    best = max(known, key=lambda row: values[row].mean())
+    known = [row for row in values if row[0] in baselines and np.isfinite(values[row]).all()]
+    best = max(known, key=lambda row: values[row].mean(), default=None)
     rows = []
     for (method, model), own in values.items():
         row = {"method": method, "model": model, f"{metric} %": f"{own.mean():.2f} ± {half_width(own):.2f}"}
-        other = values[best]
-        row |= {"difference": "-", "p": "-"}
-        if (method, model) != best and len(own) == len(other) and np.isfinite(own).all():
+        row |= {"difference": "reference" if (method, model) == best else "-", "p": "-"}
+        other = own if best is None else values[best]
+        if best not in (None, (method, model)) and len(own) == len(other) and np.isfinite(own).all():
             row["difference"] = f"{own.mean() - other.mean():+.2f}"
             if np.ptp(own - other) > 1e-9:  # the test divides by the differences' deviation
                 row["p"] = f"{scipy.stats.ttest_rel(own, other).pvalue:.2g}"

@@ -132,7 +132,7 @@ def simulate_seeds(
         The states, `[S, ...]`, and a history per seed.
 
     Raises:
-        ValueError: as `simulate`; an algorithm whose layout has several devices.
+        ValueError: as `simulate`; an algorithm whose layout has several devices; not as many states as keys, or none.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -144,6 +144,9 @@ def simulate_seeds(
     ([2, 2, 2, 2], [2, 2, 2, 2])
     """
     clients, seeds = _check(population, data, rounds, cohort, test, eval_every), len(keys)
+    states = seeds if isinstance(population, int) else len(population.server.round)
+    if states != seeds or not seeds:
+        raise ValueError(f"population has {states} states; allowed: one for each of keys, {seeds}, at least 1")
     if algorithm.layout is not None and algorithm.layout.devices > 1:
         raise ValueError(
             f"algorithm.layout has {algorithm.layout.devices} devices; allowed: 1, layout splits the seeds"

@@ -25,7 +25,8 @@ from fedkd_jax.types import Algorithm, History
 from sims import hardware
 
 FEW_CLIENTS = 8  # and tables have a column for each
-SEVERAL_CLIENTS = 1000  # and records hold each one's score
+SEVERAL_CLIENTS = 1000  # and the last record holds each one's score
+SIGNIFICANCE = "95 % intervals over seeds; difference from the reference in points, and p of a paired t-test"
 console = Console()
 if not console.is_terminal:
     console = Console(width=200)  # in a pipe or a log file rich assumes 80 columns and cuts tables
@@ -43,9 +44,7 @@ class Options:
     out: str | None = None  # folder for the results; default runs/NAME-N
     devices: int | None = None  # devices the clients are split over; default all (on a CPU one per core)
     resume: bool = False  # sims.compare: `out` is an earlier comparison's, of which what is finished is not run again
-    seeds_at_once: bool | None = (
-        None  # sims.compare: a method's seeds in one program; default on an accelerator, if they fit
-    )
+    seeds_at_once: bool = False  # sims.compare: a method's seeds in one program, if their states fit the memory twice
     chunk: str = "auto"  # clients trained at once on a device: a number, "auto" by platform, or "measure" to time some
 
 
@@ -77,6 +76,8 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
         raise ValueError(f"method is {chosen.method!r}; allowed: {', '.join(experiment.methods)}")
     if chosen.resume and (program != "compare" or chosen.out is None):
         raise ValueError("resume is True; allowed: False, or for sims.compare with the folder as --out")
+    if chosen.seeds_at_once and program != "compare":
+        raise ValueError("seeds_at_once is True; allowed: False, or for sims.compare")
     if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdigit() and int(chosen.chunk) > 0):
         raise ValueError(f"chunk is {chosen.chunk!r}; allowed: a number from 1 up, 'auto' or 'measure'")
     return experiment, chosen
@@ -170,8 +171,8 @@ def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Cl
     """How so many seeds of a method run at once; None where one runs after another, its clients split over the devices.
 
     Seeds are split over the devices, if that gives more than half of them one. On an accelerator those of a device run under
-    `vmap`. On a CPU they run one after another, and at once only if asked to: what devices wait less for each other was no
-    more, in 30 rounds of a small model, than the larger program took longer to compile.
+    `vmap`, on a CPU one after another. Only if asked to: on a CPU what devices wait less for each other was no more, in 30
+    rounds of a small model, than the larger program took longer to compile, and it was not measured elsewhere.
 
     >>> from fedkd_jax.build import build_data
     >>> config, clients = Experiment(), build_data(Experiment())
@@ -180,11 +181,11 @@ def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Cl
     True
     """
     devices, on_cpu = min(layout.devices, seeds), jax.default_backend() == "cpu"
-    wanted = not on_cpu if options.seeds_at_once is None else options.seeds_at_once
-    if not wanted or seeds < 2 or 2 * seeds <= layout.devices:
+    if not options.seeds_at_once or seeds < 2 or 2 * seeds <= layout.devices:
         return None
     states = -(-seeds // devices) * devices * _state_bytes(algorithm, clients)
-    if 2 * states > hardware.memory_bytes():  # `simulate_seeds` holds them twice
+    one = hardware.memory_bytes() / (1 if on_cpu else jax.device_count())  # they are made on one device, and held twice
+    if 2 * states > one:
         return None
     return Layout(mesh=client_mesh(devices) if devices > 1 else None, chunk=1 if on_cpu else None)
 
@@ -253,8 +254,14 @@ def run_method(
     of_clients = clients.scores[-1:] if size <= SEVERAL_CLIENTS else ()
     keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
 
+    def kept(record: report.Record) -> report.Record:
+        if size <= FEW_CLIENTS or record["round"] == config.rounds:
+            return record
+        return {key: value for key, value in record.items() if not key.endswith("_of_client")}
+
     def records(histories: Sequence[History]) -> list[list[report.Record]]:
-        return [report.records(history, counts, size, of_clients=of_clients) for history in histories]
+        of_seeds = (report.records(history, counts, size, of_clients=of_clients) for history in histories)
+        return [[kept(record) for record in run] for run in of_seeds]
 
     def on_evaluation(*histories: History) -> None:
         for seed, of_seed in zip(seeds, records(histories), strict=True):

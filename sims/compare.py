@@ -29,15 +29,21 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from matplotlib.figure import Figure
 
-from fedkd_jax import figures, report
+from fedkd_jax import report
 from fedkd_jax.build import build_algorithm, build_data, checkpoint_folder
 from fedkd_jax.config import Experiment, MethodConfig, to_yaml
 from fedkd_jax.page import render
 from fedkd_jax.parallel import Layout
 from fedkd_jax.tasks import Clients
 from sims import common, hardware
-from sims.report import section_of, thresholds_of
+from sims.report import section_of
+
+TABLES = ("table", "significance", "clients")
+PLOTS = ("bars", "pareto", "spread", "client-bars", "thresholds")
+RESULTS = [f"{name}.{ending}" for name in TABLES for ending in ("md", "csv")] + [f"{name}.png" for name in PLOTS]
+RESULTS += ["results.jsonl", "results.csv", "results.parquet", "report.html", "remarks.txt"]
 
 
 def baseline_of(config: Experiment) -> str | None:
@@ -100,6 +106,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
         common.check_memory(algorithms, clients)
         folder = common.run_folder(options, config.name)
+    for name in RESULTS:  # of an earlier config, until this one's cells are finished
+        (folder / name).unlink(missing_ok=True)
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
     common.console.print(
@@ -122,6 +130,10 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                     progress.add_task(f"{name}, seed {seed}: done before", total=config.rounds, completed=config.rounds)
             left = [seed for seed, done in files.items() if not done.exists()]
             at_once = common.seeds_layout(options, len(left), algorithms[name], clients, layout)
+            if options.seeds_at_once and len(left) > 1 and at_once is None:
+                common.console.print(
+                    f"{name}: its seeds run one by one, for want of memory or with more devices than seeds"
+                )
             algorithm = algorithms[name] if at_once is None else build_algorithm(config, method, clients, one_device)
             for seeds in [[seed] for seed in left] if at_once is None else [left]:
                 began, partials = time.perf_counter(), {seed: files[seed].with_suffix(".partial") for seed in seeds}
@@ -161,26 +173,17 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         baselines = known or list(config.methods)[:1]  # of ablations, the first
         sure = report.significance_rows(runs, scores[-1], baselines)
         common.write_table(folder, "significance", sure)
-        title = (
-            f"{config.name}: 95 % intervals; difference from the best method but FedKD and centralised, paired t-test"
-        )
-        common.console.print("", common.make_table(sure, title))
+        common.console.print("", common.make_table(sure, f"{config.name}: {common.SIGNIFICANCE}"))
     names = None if len(clients.parts) > common.FEW_CLIENTS else clients.names
     if names is not None:
         each = report.client_rows(runs, scores[-1], names)
         common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))
         common.write_table(folder, "clients", each)
-    drawn = figures.comparison_figures(
-        runs,
-        metric=scores[-1],
-        split=held_out,
-        title=config.name,
-        clients=names,
-        thresholds=thresholds_of(config),
-    )
-    for name, (figure, _) in drawn.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    (folder / "report.html").write_text(render(config.name, [section_of(folder)]), encoding="utf-8")
+    section = section_of(folder)
+    for name, (figure, _) in section.figures.items():
+        if isinstance(figure, Figure):
+            figure.savefig(folder / f"{name}.png", dpi=150)
+    (folder / "report.html").write_text(render(config.name, [section]), encoding="utf-8")
     common.console.print(
         f"{time.perf_counter() - start:.0f} s; tables, figures, results, config and report.html: {folder}"
     )

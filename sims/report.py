@@ -9,45 +9,50 @@ import csv
 import dataclasses
 import pathlib
 import shlex
+from collections.abc import Mapping
 
 from fedkd_jax import figures
 from fedkd_jax.config import Experiment, MethodConfig, load_config
 from fedkd_jax.page import Section, Table, Text, render
-from fedkd_jax.report import Record
+from fedkd_jax.report import Record, models_with
 from sims import common
 
 CENTRAL = "centralised"  # no federated method, and above all of them
 
 
-def read_runs(folder: pathlib.Path, config: Experiment) -> dict[str, list[list[Record]]]:
+def read_runs(folder: pathlib.Path) -> dict[str, list[list[Record]]]:
     """`{method: records of each seed}` of a finished comparison or run.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or one of an earlier version.
 
-    >>> try: read_runs(pathlib.Path("nowhere"), Experiment())
-    ... except FileNotFoundError as error: print(error)
-    RUN is 'nowhere'; allowed: a folder with results.jsonl, metrics.jsonl or spectrum.csv, of a run that is finished
+    >>> try: read_runs(pathlib.Path("nowhere"))
+    ... except FileNotFoundError as error: print(str(error).split(",")[0])
+    RUN is 'nowhere'; allowed: the folder of a run that is finished
     """
     runs: dict[str, dict[int, list[Record]]] = {}
-    for name in ("results.jsonl", "metrics.jsonl"):
-        if (folder / name).exists() and (folder / "table.csv").exists():
-            for record in common.read_jsonl(folder / name):
-                runs.setdefault(record["method"], {}).setdefault(record["seed"], []).append(record)
-            return {method: list(seeds.values()) for method, seeds in runs.items()}
-    allowed = "a folder with results.jsonl, metrics.jsonl or spectrum.csv, of a run that is finished"
-    raise FileNotFoundError(f"RUN is {str(folder)!r}; allowed: {allowed}")
+    paths = [path for name in ("results.jsonl", "metrics.jsonl") if (path := folder / name).exists()]
+    records = common.read_jsonl(paths[0]) if paths else []
+    keys = {"method", "seed", "seconds"}
+    if not (folder / "table.csv").exists() or not records or not all(keys <= record.keys() for record in records):
+        allowed = (
+            "the folder of a run that is finished, with table.csv and results.jsonl or metrics.jsonl of this version"
+        )
+        raise FileNotFoundError(f"RUN is {str(folder)!r}; allowed: {allowed}")
+    for record in records:
+        runs.setdefault(record["method"], {}).setdefault(record["seed"], []).append(record)
+    return {method: list(seeds.values()) for method, seeds in runs.items()}
 
 
-def thresholds_of(config: Experiment) -> dict[str, tuple[float, float]]:
+def thresholds_of(methods: Mapping[str, MethodConfig]) -> dict[str, tuple[float, float]]:
     """`{method: (t_start, t_end)}` of the methods that differ from another in these alone; empty if they are no grid.
 
     >>> methods = {str(t): MethodConfig(codec="svd", t_start=t[0], t_end=t[1]) for t in ((0.8, 0.9), (0.9, 0.9), (0.8, 0.8))}
-    >>> list(thresholds_of(Experiment(methods=methods)).values())
+    >>> list(thresholds_of(methods).values())
     [(0.8, 0.9), (0.9, 0.9), (0.8, 0.8)]
     """
     alike: dict[MethodConfig, dict[str, tuple[float, float]]] = {}
-    for name, method in config.methods.items():
+    for name, method in methods.items():
         if method.codec == "svd":
             alike.setdefault(dataclasses.replace(method, t_start=1.0, t_end=1.0), {})[name] = (
                 method.t_start,
@@ -65,7 +70,7 @@ def comparison(folder: pathlib.Path, config: Experiment) -> Section:
     ... except FileNotFoundError as error: print(str(error).split(";")[0])
     RUN is 'nowhere'
     """
-    runs = read_runs(folder, config)
+    runs = read_runs(folder)
     rows = read_csv(folder / "table.csv")
     scores = [column for column in rows[0] if column.endswith(" %")]
     metric, held_out = scores[-2].removesuffix(" %"), common.held_out(config)
@@ -83,21 +88,27 @@ def comparison(folder: pathlib.Path, config: Experiment) -> Section:
         )
     ]
     if (path := folder / "significance.csv").exists():
-        tables.append(Table("95 % intervals, and paired t-tests against the best baseline", read_csv(path)))
+        tables.append(Table(common.SIGNIFICANCE, read_csv(path)))
     names = None
     if (path := folder / "clients.csv").exists():
         each = read_csv(path)
         names = [column for column in each[0] if column not in ("method", "model")]
         tables.append(Table(f"{metric} % of each client", each, ranked=names, unranked=central))
-    drawn = figures.comparison_figures(
-        runs, metric=metric, split=held_out, title=config.name, clients=names, thresholds=thresholds_of(config)
+    drawn: dict = figures.comparison_figures(
+        runs,
+        metric=metric,
+        split=held_out,
+        title=config.name,
+        clients=names,
+        thresholds=thresholds_of({name: config.methods[name] for name in runs}),
     )
-    holders = [((folder / "clients.png").read_bytes(), "who holds what")] if (folder / "clients.png").exists() else []
+    if (path := folder / "clients.png").exists():
+        drawn["clients"] = (path.read_bytes(), "who holds what")
     return Section(
         title=f"{config.name}: {', '.join(runs)}" if len(runs) == 1 else config.name,
         remarks=[*facts(config, runs), *remarks_of(folder)],
         tables=[*tables, cells(runs, metric)],
-        figures=[*drawn.values(), *holders],
+        figures=drawn,
         texts=[Text("config.yaml, with every key", (folder / "config.yaml").read_text())],
     )
 
@@ -118,7 +129,7 @@ def facts(config: Experiment, runs: dict[str, list[list[Record]]]) -> list[str]:
     versions = {
         key: ", ".join(sorted({str(record[key]) for record in records}))
         for key in ("fedkd_jax", "jax", "jaxlib", "python", "devices")
-        if key in records[0]
+        if all(key in record for record in records)
     }
     with_what = ", ".join(f"{key} {value}" for key, value in versions.items())
     return [*lines, f"Run with {with_what}; {sum(record['seconds'] for record in records):.0f} s in all."]
@@ -144,10 +155,9 @@ def cells(runs: dict[str, list[list[Record]]], metric: str) -> Table:
     rows = []
     for method, seeds in runs.items():
         for record in (run[-1] for run in seeds):
-            models = [
-                key.split("/")[0] for key in record if key.endswith(f"/{metric}") and not key.startswith("train/")
-            ]
-            scores = ", ".join(f"{model} {100 * record[f'{model}/{metric}']:.2f}" for model in models)
+            scores = ", ".join(
+                f"{model} {100 * record[f'{model}/{metric}']:.2f}" for model in models_with(record, metric)
+            )
             command = f"python -m sims.run config.yaml --method {shlex.quote(method)} --seeds {record['seed']}"
             rows.append(
                 {
@@ -166,19 +176,29 @@ def spectrum(folder: pathlib.Path, config: Experiment) -> Section:
     """What the page says of a run of sims.spectrum.
 
     >>> try: spectrum(pathlib.Path("nowhere"), Experiment())
-    ... except FileNotFoundError as error: print(error.filename)
-    nowhere/spectrum.csv
+    ... except FileNotFoundError as error: print(str(error).split(",")[0])
+    RUN is 'nowhere'; allowed: the folder of a run that is finished
     """
+    if not (folder / "spectrum.png").exists():
+        raise FileNotFoundError(
+            f"RUN is {str(folder)!r}; allowed: the folder of a run that is finished, with spectrum.png"
+        )
     rows = read_csv(folder / "spectrum.csv")
-    last = max(int(row["round"]) for row in rows)
-    shown = [row for row in rows if int(row["round"]) in (1, last)]
+    method, seed, last = rows[-1]["method"], rows[-1]["seed"], rows[-1]["round"]
+    shown = [row for row in rows if row["round"] in ("1", last)]
+    picture = (
+        (folder / "spectrum.png").read_bytes(),
+        "energy in the first values, and values needed, by kind of matrix",
+    )
+    again = f"python -m sims.spectrum config.yaml --method {shlex.quote(method)} --seeds {seed}"
     return Section(
-        title=f"{config.name}: singular values of the updates",
-        remarks=remarks_of(folder),
-        tables=[Table("singular values needed, mean over clients and layers with its 95 % interval", shown)],
-        figures=[
-            ((folder / "spectrum.png").read_bytes(), "energy in the first values, and values needed, by kind of matrix")
+        title=f"{config.name}: singular values of the updates of {method}, seed {seed}",
+        remarks=[
+            f"{last} rounds. To make it again, save the config below as config.yaml: {again}",
+            *remarks_of(folder),
         ],
+        tables=[Table("singular values needed, mean over clients and layers with its 95 % interval", shown)],
+        figures={"spectrum": picture},
         texts=[Text("config.yaml, with every key", (folder / "config.yaml").read_text())],
     )
 

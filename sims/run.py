@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     rows, held_out = report.table_rows({name: [records]}, None, clients.scores), common.held_out(config)
     common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))
     common.write_table(folder, "table", rows)
+    if clients.names is not None and len(clients.names) <= common.FEW_CLIENTS:
+        common.write_table(folder, "clients", report.client_rows({name: [records]}, clients.scores[-1], clients.names))
     main = clients.scores[-1]
     plots.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")

@@ -55,19 +55,15 @@ def needed(values: np.ndarray, threshold: float) -> np.ndarray:
     return np.asarray(ranks) / values.shape[1]
 
 
-def describe(round: int, kind: str, values: np.ndarray, size: tuple[int, int]) -> dict[str, str]:
-    """A row of spectrum.csv.
+def describe(shares: np.ndarray, energy: np.ndarray, size: tuple[int, int]) -> dict[str, str]:
+    """The numbers of a row of spectrum.csv.
 
-    >>> row = describe(1, "query", np.array([[3.0, 1.0], [3.0, 1.0]]), (2, 2))
+    >>> row = describe(np.array([1.0, 0.5]), np.array([0.9, 1.0]), (2, 2))
     >>> row["T = 0.95 needs"], row["% of all"], row["energy of 50 %"]
-    ('2.0', '100.0 ± 0.0', '90.0')
+    ('1.5', '75.0 ± 317.7', '90.0')
     """
-    shares = needed(values, THRESHOLD)
-    energy = np.nanmean(cumulative_energy(values), axis=0)
-    r = values.shape[1]
+    r = len(energy)
     return {
-        "round": str(round),
-        "kind": kind,
         "matrix": " x ".join(map(str, size)),
         f"T = {THRESHOLD:g} needs": f"{r * shares.mean():.1f}",
         "% of all": f"{100 * shares.mean():.1f} ± {100 * report.half_width(shares):.1f}",
@@ -112,16 +108,22 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             leaves = named(state.server.params)
             for path, spectra in state.clients.codec["spectrum"].items():
                 kind, values = kind_of(path), np.asarray(spectra)[ids].reshape(-1, spectra.shape[-1])
+                values = values[values[:, 0] > 0]  # what did not move has no energy
+                if not len(values):
+                    continue
                 _, m, n = layer_view(path, leaves[path]).matrices(leaves[path]).shape
-                rows.append(describe(round, kind, values, (m, n)))
-                shares.setdefault(kind, {})[round] = needed(values, THRESHOLD)
+                share, curve = needed(values, THRESHOLD), cumulative_energy(values).mean(axis=0)
+                of_run = {"method": name, "seed": str(config.seeds[0]), "round": str(round), "kind": kind}
+                rows.append(of_run | describe(share, curve, (m, n)))
+                shares.setdefault(kind, {})[round] = share
                 if round in (1, config.rounds):
-                    energy.setdefault(kind, {})[round] = np.nanmean(cumulative_energy(values), axis=0)
+                    energy.setdefault(kind, {})[round] = curve
             (folder / "spectrum.csv").write_text(report.as_csv(rows))
 
     title = f"{config.name}: {name}"
     figures.spectrum_plot(energy, shares, folder / "spectrum.png", threshold=THRESHOLD, title=title)
     shown = [row for row in rows if row["round"] in ("1", str(config.rounds))]
+    shown = [{key: value for key, value in row.items() if key not in ("method", "seed")} for row in shown]
     common.console.print("", common.make_table(shown, f"{title}, singular values needed, first and last round"))
     common.console.print(f"config, table and figure: {folder}")
     return folder

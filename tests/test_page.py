@@ -31,7 +31,7 @@ BROWSER_FLAGS = (
     "--hide-scrollbars",
 )
 CONFIG = {
-    "name": "a <b> & c",
+    "name": "a <b> & $\\bad{$",
     "rounds": 2,
     "eval_every": 1,
     "steps": 1,
@@ -42,6 +42,8 @@ CONFIG = {
     "methods": {
         "FedAvg": {"algorithm": "fedavg"},
         "<script>alert(1)</script>": {"algorithm": "fedkd", "codec": "svd"},
+        "another T": {"algorithm": "fedkd", "codec": "svd", "t_start": 0.8, "t_end": 0.8},
+        f"_{'long ' * 20}$_{{$": {"algorithm": "fedkd", "codec": "svd", "t_start": 0.8, "t_end": 0.98},
         "alone": {"algorithm": "local_only"},
     },
 }
@@ -90,11 +92,11 @@ def test_whatever_the_names_a_page_is_well_formed_and_runs_nothing(name):
 
 
 def test_a_page_is_the_same_each_time():
-    draw = lambda: render("t", [Section("s", figures=[(bars_plot({"a": {"b": [1.0, 2.0]}}), "bars")])])  # noqa: E731
+    draw = lambda: render("t", [Section("s", figures={"bars": (bars_plot({"a": {"b": [1.0, 2.0]}}), "bars")})])  # noqa: E731
     assert draw() == draw()
 
 
-METHODS = list(CONFIG["methods"])[:2]
+METHODS = list(CONFIG["methods"])[:4]
 
 
 def record(method: str, seed: int, round: int) -> dict:
@@ -123,7 +125,7 @@ def write(folder: pathlib.Path, name: str, methods: list[str], seeds: tuple[int,
 def folders(tmp_path) -> list[pathlib.Path]:
     return [
         write(tmp_path / "compare", "results.jsonl", METHODS, (0, 1)),
-        write(tmp_path / "run", "metrics.jsonl", METHODS[1:], (0,)),
+        write(tmp_path / "run", "metrics.jsonl", METHODS[1:2], (0,)),
     ]
 
 
@@ -133,10 +135,10 @@ def test_a_report_holds_every_number_and_how_to_make_it(folders, tmp_path):
         for row in report.read_csv(folder / "table.csv"):
             assert row["accuracy %"] in page and row["bytes/client"] in page
     commands = re.findall(r"python -m sims\.run config\.yaml --method (.*?) --seeds (\d)", page)
-    assert [seed for _, seed in commands] == ["0", "1", "0", "1", "0"]
+    assert [seed for _, seed in commands] == ["0", "1"] * 4 + ["0"]
     assert html.unescape(commands[2][0]) == shlex.quote(METHODS[1])
     assert page.count("rounds: 2\n") == 2  # the configs
-    assert page.count("<img") == 2 * 4  # curves, bars, front, spread
+    assert page.count("<img") == 5 + 4  # curves, bars, front, spread, and of the grid of T a map
     read(page)
 
 
@@ -152,7 +154,7 @@ def test_spectra_are_of_every_matrix_in_every_round(tmp_path):
         assert 1 <= float(row["T = 0.95 needs"]) <= 8
         assert float(row["energy of 10 %"]) <= float(row["energy of 50 %"]) <= 100
     page = report.main([str(folder), "--out", str(tmp_path / "page.html")]).read_text()
-    assert page.count("<img") == 1
+    assert page.count("<img") == page.count("--seeds 0") == 1
 
 
 def test_what_cannot_be_reported_is_told(folders, tmp_path):
@@ -189,7 +191,7 @@ def test_a_browser_shows_the_page(folders, tmp_path):
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
             browser.get(page.as_uri())
             widths = browser.execute_script("return [...document.images].map(x => x.complete ? x.naturalWidth : 0)")
-            assert len(widths) == 8 and min(widths) > 0
+            assert len(widths) == 9 and min(widths) > 0
             assert browser.execute_script("return document.documentElement.scrollWidth") == width
             texts = browser.find_element("tag name", "body").text
             assert "<script>alert(1)</script>" in texts

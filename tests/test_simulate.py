@@ -238,6 +238,8 @@ def test_seeds_over_devices_go_on(eight_devices):
         chex.assert_trees_all_close(rounds, history.rounds, rtol=1e-3, atol=1e-5)
     again, third = run(population=half, rounds=3)
     chex.assert_trees_all_equal((again, third), (whole, second))
+    with pytest.raises(ValueError, match="population has 3 states; allowed: one for each of keys, 2"):
+        simulate_seeds(kept, half, DATA, KEYS[:2], rounds=3)
     with pytest.raises(ValueError, match=r"algorithm\.layout has 2 devices; allowed: 1"):
         simulate_seeds(algorithm(2, 2), 5, DATA, KEYS, rounds=1)
 
