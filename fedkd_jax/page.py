@@ -106,7 +106,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         sections: one after the other.
 
     >>> section = Section("a & b", ["20 clients"], [Table("scores", [{"method": "FedKD", "f1 %": "70"}], ranked=["f1 %"])])
-    >>> html = render("one run", [section])
+    >>> html = render("a & b", [section])
     >>> "a &amp; b" in html, '<td class="best">70</td>' in html, "http" in html
     (True, True, False)
     """
