@@ -203,7 +203,9 @@ def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: 
 
 class _Speed(ProgressColumn):
     def render(self, task) -> Text:
-        return Text("compiling" if task.speed is None else f"{task.speed:.2g} rounds/s", style="cyan")
+        if task.speed is None:
+            return Text("" if task.finished else "compiling", style="cyan")
+        return Text(f"{task.speed:.2g} rounds/s", style="cyan")
 
 
 def progress_bar() -> Progress:

@@ -165,7 +165,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     scores = clients.scores
     rows = report.table_rows(runs, baseline_of(config), scores)
     held_out = common.held_out(config)
-    title = f"{config.name}: {held_out} {scores[-1]} after {config.rounds} rounds, mean ± std over {len(config.seeds)} seeds"
+    over = f"mean ± std over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    title = f"{config.name}: {held_out} {scores[-1]} after {config.rounds} rounds, {over}"
     common.console.print("", common.make_table(rows, title))
     common.write_table(folder, "table", rows)
     if len(config.seeds) > 1:
