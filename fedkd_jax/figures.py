@@ -128,7 +128,7 @@ def bars_plot(
         label: of the axis.
         title: of the figure.
 
-    >>> figure = bars_plot({"ADE": {"FedAvg": [70, 71], "FedKD": [72, 73]}, "CADEC": {"FedKD": [61, 63]}}, label="F [%]")
+    >>> figure = bars_plot({"ADE": {"FedAvg": [70.0, 71.0], "FedKD": [72.0]}, "CADEC": {"FedKD": [61.0]}}, label="F [%]")
     >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
     ['ADE', 'CADEC']
     """
@@ -162,7 +162,7 @@ def bars_plot(
         low, high = min(ends, default=0.0), max(ends, default=1.0)
         room = max(high - low, 1.0)
         axis.set_xlim(low - 0.25 * room, high + 0.2 * room)
-        axis.set_yticks(ticks, map(plain, values))
+        axis.set_yticks(ticks, [plain(name) for name in values])
         axis.invert_yaxis()
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.3)
