@@ -17,7 +17,6 @@ from fedkd_jax.report import Record, final_scores, half_width, row_labels
 
 COLUMN = 3.5  # inches, 89 mm
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo", "--")
-SILENT = "nothing sent"
 
 Path = str | os.PathLike
 
@@ -217,7 +216,7 @@ def pareto_plot(
                 axis.annotate(
                     str(i), (1, mean), xycoords=("axes fraction", "data"), fontsize=6, ha="right", va="bottom"
                 )
-                notes.append(plain(f"{i} {names[row]} ({SILENT})", 40))
+                notes.append(plain(f"{i} {names[row]} (nothing sent)", 40))
         front = _front([(sent[row], float(scores[row].mean())) for row in talking])
         if front:
             axis.step(*zip(*front, strict=True), where="post", color="black", linewidth=1, label="front")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jinja2
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 TEXT_COLUMNS = ("method", "model", "cell", "command")
 
@@ -121,8 +122,8 @@ def render(title: str, sections: Sequence[Section]) -> str:
 
 def _image(figure: Figure | bytes, caption: str) -> dict[str, str | int]:
     """A figure as the address of an image, which keeps the names within one SVG apart from another's."""
-    if isinstance(figure, bytes):  # a PNG says its width and height in pixels here; they are drawn for 150 a inch
-        width, height = (round(int.from_bytes(figure[i : i + 4], "big") * 96 / 150) for i in (16, 20))
+    if isinstance(figure, bytes):  # drawn with 150 pixels an inch
+        height, width = (round(pixels * 96 / 150) for pixels in imread(io.BytesIO(figure)).shape[:2])
         uri = f"data:image/png;base64,{base64.b64encode(figure).decode()}"
         return {"uri": uri, "caption": caption, "width": width, "height": height}
     out = io.BytesIO()

@@ -70,7 +70,7 @@ def accuracy_plot(
             markersize=4,
             markevery=max(1, len(rounds) // 8),
         )
-        handles.update({plain(label): left.plot(rounds, mean, **kwargs)[0]})
+        (handles[plain(label)],) = left.plot(rounds, mean, **kwargs)
         if megabytes[-1] > 0:
             right.plot(megabytes, mean, **kwargs)
         else:

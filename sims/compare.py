@@ -10,9 +10,9 @@ A cell is one method with one seed. Its evaluations are in cells/DIGEST.partial 
 is finished. With `--out FOLDER --resume True` finished cells of the same digest are not run again, whatever else the config
 now has, also more methods or seeds; nothing in cells/ is ever deleted but partial files.
 
-The seeds of a method that are left to run do so at once, in one program, on an accelerator or with `--seeds-at-once True`, see
-`common.seeds_layout`. "seconds" of a record is the time since they began, compilation included, over their number: a method's
-last ones add up to what it took.
+With `--seeds-at-once True` the seeds of a method that are left to run do so in one program, see `placement.seeds_layout`.
+"seconds" of a record is the time since they began, compilation included, over their number: a method's last ones add up to
+what it took.
 """
 
 if __name__ == "__main__":
@@ -37,7 +37,7 @@ from fedkd_jax.config import Experiment, MethodConfig, to_yaml
 from fedkd_jax.page import render
 from fedkd_jax.parallel import Layout
 from fedkd_jax.tasks import Clients
-from sims import common, hardware
+from sims import common, hardware, placement
 from sims.report import section_of
 
 TABLES = ("table", "significance", "clients")
@@ -102,9 +102,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     with common.one_line_errors():
         config, options = common.parse("compare", argv)
         clients = build_data(config)
-        layout = common.choose_layout(config, options, clients)
+        layout = placement.choose_layout(config, options, clients)
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
-        common.check_memory(algorithms, clients)
+        placement.check_memory(algorithms, clients)
         folder = common.run_folder(options, config.name)
     for name in RESULTS:  # of an earlier config, until this one's cells are finished
         (folder / name).unlink(missing_ok=True)
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                 if done.exists():
                     progress.add_task(f"{name}, seed {seed}: done before", total=config.rounds, completed=config.rounds)
             left = [seed for seed, done in files.items() if not done.exists()]
-            at_once = common.seeds_layout(options, len(left), algorithms[name], clients, layout)
+            at_once = placement.seeds_layout(options, len(left), algorithms[name], clients, layout)
             if options.seeds_at_once and len(left) > 1 and at_once is None:
                 common.console.print(
                     f"{name}: its seeds run one by one, for want of memory or with more devices than seeds"

@@ -18,7 +18,7 @@ from tensorboardX import SummaryWriter
 
 from fedkd_jax import plots, report
 from fedkd_jax.build import build_algorithm, build_data
-from sims import common, hardware
+from sims import common, hardware, placement
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         name = options.method or next(iter(config.methods))
         method = config.methods[name]
         clients = build_data(config)
-        layout = common.choose_layout(config, options, clients)
+        layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(config, method, clients, layout)
-        common.check_memory({name: algorithm}, clients)
+        placement.check_memory({name: algorithm}, clients)
         folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))

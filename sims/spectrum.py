@@ -25,7 +25,7 @@ from fedkd_jax.codecs import cumulative_energy
 from fedkd_jax.codecs.base import named
 from fedkd_jax.models import layer_compressible, layer_view
 from fedkd_jax.svd import retained_rank
-from sims import common, hardware
+from sims import common, hardware, placement
 
 ALGORITHMS = ("fedkd", "fml", "fedavg", "fedprox")  # whose update a codec sees as it is
 THRESHOLD = 0.95
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         if method.algorithm not in ALGORITHMS:
             raise ValueError(f"method is {name!r}, {method.algorithm}; allowed: one that is {', '.join(ALGORITHMS)}")
         clients = build_data(config)
-        layout = common.choose_layout(config, options, clients)
+        layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(
             config,
             method,
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             layout,
             lambda codec: spectrum_codec(codec, compressible=layer_compressible, view=layer_view),
         )
-        common.check_memory({name: algorithm}, clients)
+        placement.check_memory({name: algorithm}, clients)
         folder = common.run_folder(options, f"{config.name}-spectrum")
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))

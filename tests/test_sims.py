@@ -23,7 +23,7 @@ from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import load_config, to_yaml
 from fedkd_jax.plots import accuracy_plot
 from fedkd_jax.report import table_rows
-from sims import common, compare, hardware, run
+from sims import common, compare, hardware, placement, run
 from sims import report as report_program
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def test_measured_chunk_is_one_of_the_candidates(tmp_path):
     config, options = common.parse(
         "run", [str(ROOT / "configs" / "digits.yaml"), "--chunk", "measure", "--devices", "1"]
     )
-    layout = common.choose_layout(config, options, common_data(config))
+    layout = placement.choose_layout(config, options, common_data(config))
     assert layout.chunk in (1, 8, 20)
 
 
@@ -321,7 +321,7 @@ def test_seeds_run_at_once_where_devices_are_busy_and_states_fit(eight_devices, 
 
     def devices(seeds, there, wanted=True):
         options, layout = common.Options(seeds_at_once=wanted), Layout(mesh=client_mesh(there) if there > 1 else None)
-        layout = common.seeds_layout(options, seeds, algorithm, clients, layout)
+        layout = placement.seeds_layout(options, seeds, algorithm, clients, layout)
         return layout and layout.devices
 
     asked = ((0, 2), (1, 2), (2, 1), (2, 2), (3, 2), (4, 8), (5, 8))

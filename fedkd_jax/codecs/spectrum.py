@@ -8,7 +8,7 @@ import numpy as np
 
 from fedkd_jax.codecs.base import encode, init_codec, named
 from fedkd_jax.codecs.low_rank import compressible_by_rank, view_by_shape
-from fedkd_jax.svd import MatrixView
+from fedkd_jax.svd import MatrixView, truncated_svd
 from fedkd_jax.types import Array, Codec, PyTree
 
 
@@ -22,7 +22,7 @@ def spectrum_codec(
 
     What travels, and what it costs, is as without it. As an uplink's it is in each client's state after a round,
     `state.clients.codec["spectrum"]`, `{path: [N, b, min(m, n)]}` float32, not increasing; as a downlink's in the server's. A
-    client that was not in the cohort has those of its last round, at first zeros.
+    client that was not in the cohort has those of its last round, at first zeros; a matrix that is not finite has zeros.
 
     Args:
         codec: what makes the message.
@@ -35,6 +35,9 @@ def spectrum_codec(
     {'w': [[3.0, 1.0]]}
     """
 
+    def singular_values(matrix: Array) -> Array:
+        return truncated_svd(matrix, 1.0, method="svd").s  # no share exceeds 1: all of them
+
     def matrices(update: PyTree) -> dict[str, Array]:
         leaves = {name: leaf for name, leaf in named(update).items() if compressible(name, leaf)}
         return {name: view(name, leaf).matrices(leaf) for name, leaf in leaves.items()}
@@ -45,10 +48,7 @@ def spectrum_codec(
 
     def compress(update: PyTree, round, key, state):
         payload, own = encode(codec, update, round, key, state["codec"])
-        values = {  # one after the other: two batched decompositions of different shapes in one program can hang on a CPU
-            name: jax.lax.map(lambda x: jnp.linalg.svd(x.astype(jnp.float32), compute_uv=False), stack)
-            for name, stack in matrices(update).items()
-        }
+        values = {name: jax.vmap(singular_values)(stack) for name, stack in matrices(update).items()}
         return payload, {"spectrum": values, "codec": own}
 
     return Codec(compress, codec.decode, codec.decode_sum, init)
