@@ -149,7 +149,7 @@ def run_method(
         on_record: gets the seed and the record of each evaluation as it comes.
         layout: of `placement.seeds_layout`.
 
-    >>> from fedkd_jax.build import build_data
+    >>> from fedkd_jax.build import build_algorithm, build_data
     >>> from fedkd_jax.config import DataConfig
     >>> config = Experiment(rounds=1, data=DataConfig(clients=2))
     >>> clients = build_data(config)
