@@ -123,7 +123,8 @@ def _partition(c: DataConfig, labels: np.ndarray, natural: np.ndarray | None) ->
         return fd.iid(labels, c.clients, c.seed)
     if c.partition == "shards":
         return fd.shards(labels, c.clients, c.shards_per_client, c.seed)
-    return fd.dirichlet(labels, c.clients, c.alpha, c.seed, min_examples=c.min_examples)
+    least = 8 if c.min_examples is None else c.min_examples
+    return fd.dirichlet(labels, c.clients, c.alpha, c.seed, min_examples=least)
 
 
 def _tagging(config: Experiment) -> Clients:
@@ -189,7 +190,10 @@ def _rows_of(names: np.ndarray, who: np.ndarray) -> list[np.ndarray]:
 def _characters(config: Experiment) -> Clients:
     c = config.data
     speeches = fd.load_speeches(data_dir=c.dir)
-    return tasks.next_character(speeches, c.test_fraction, c.seed, c.length, validation=c.validation)
+    least = 2 if c.min_examples is None else c.min_examples
+    return tasks.next_character(
+        speeches, c.test_fraction, c.seed, c.length, min_examples=least, validation=c.validation
+    )
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

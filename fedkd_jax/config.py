@@ -46,7 +46,8 @@ class DataConfig:
     clients: int = 20  # N; not used by "natural"
     alpha: float = 0.3  # of "dirichlet"
     shards_per_client: int = 2  # of "shards"
-    min_examples: int = 8  # of "dirichlet"
+    # of "dirichlet" that each client gets, 8 if null; of "characters" that a speaker has, 2 if null, or he is left out
+    min_examples: int | None = None
     # of each client's examples, or of what is dealt whole; of "tagging" only where a corpus has no test split of its own, of
     # "recommendation" only for `validation`
     test_fraction: float = 0.25
@@ -267,7 +268,8 @@ def from_dict(kind: Any, value: Any, key: str = "") -> Any:
 
 # the keys of `data` that not every task reads, and those that do
 _DATA_READERS = {
-    **dict.fromkeys(("split", "download", "alpha", "shards_per_client", "min_examples"), ("classification",)),
+    **dict.fromkeys(("split", "download", "alpha", "shards_per_client"), ("classification",)),
+    "min_examples": ("classification", "characters"),
     **dict.fromkeys(("partition", "natural", "clients"), ("classification", "recommendation")),
     **dict.fromkeys(("history", "negatives", "candidates", "abstracts"), ("recommendation",)),
     "examples": ("classification", "tagging", "recommendation"),
@@ -330,7 +332,9 @@ def _validate_data(config: Experiment) -> None:
     for key in ("clients", "shards_per_client"):
         _check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     _check(0 < data.alpha < float("inf"), "data.alpha", data.alpha, "a number above 0")
-    _check(data.min_examples >= 0, "data.min_examples", data.min_examples, "0 or more")
+    least = 2 if data.task == "characters" else 0  # one to train on and one to test
+    enough = data.min_examples is None or data.min_examples >= least
+    _check(enough, "data.min_examples", data.min_examples, f"{least} or more, or null")
     share = data.test_fraction
     _check(0 < share < 1, "data.test_fraction", share, "a share between 0 and 1, both excluded")
     for key in ("length", "history", "negatives"):

@@ -313,9 +313,11 @@ def _check(matrix, method, max_rank):
     return jax.lax.stop_gradient(jnp.asarray(matrix, jnp.float32)), r
 
 
+@functools.partial(jax.jit, static_argnames=("method", "r", "precise"))
 def _factorise(matrix, threshold, method, r, precise, start=None) -> Factors:
     """Of a tall matrix. `precise`: singular vectors are wanted, and the first r of them even where more would be needed;
-    otherwise any directions that keep enough energy will do, and none where r are too few."""
+    otherwise any directions that keep enough energy will do, and none where r are too few. One trace for all matrices of a
+    shape."""
     m, n = matrix.shape
     if r == 0:
         return Factors(matrix[:, :r], matrix[:r], jnp.int32(0))

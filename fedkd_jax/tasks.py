@@ -281,16 +281,21 @@ def next_character(
     seed: int,
     length: int = 64,
     *,
+    min_examples: int = 2,
     validation: bool = False,
 ) -> Clients:
-    """The next character of what somebody says: every speaker who says enough for training and test is a client.
+    """The next character of what somebody says: every speaker who says enough is a client.
 
     Args:
         speeches: (speaker, text).
         test_fraction: of each speaker's pieces.
         seed: of that split.
         length: characters of a piece, see `characters`.
+        min_examples: pieces of a speaker, 2 or more: one to train on and one to test; who has fewer is left out.
         validation: whether a part of the training pieces is held out and evaluated instead.
+
+    Raises:
+        ValueError: `min_examples` is out of range, or nobody says so much.
 
     >>> clients = next_character([("A", "to be or not"), ("B", "no"), ("A", "to be")], 0.5, 0, length=4)
     >>> clients.names, clients.train.inputs.shape
@@ -298,7 +303,11 @@ def next_character(
     """
     pieces = fd.characters([text for _, text in speeches], length)
     speakers = np.array([speaker for speaker, _ in speeches])[pieces.source]
-    names = [name for name, count in zip(*np.unique(speakers, return_counts=True), strict=True) if count >= 2]
+    said = dict(zip(*np.unique(speakers, return_counts=True), strict=True))
+    names = [name for name, count in said.items() if count >= min_examples]
+    most = max(said.values(), default=0)
+    if min_examples < 2 or not names:
+        raise ValueError(f"min_examples is {min_examples}; allowed: 2 to {most}, what one speaker says most")
     parts = [np.flatnonzero(speakers == name) for name in names]
     vocab = len(pieces.vocabulary) + 1  # and padding
     train, test = fd.train_test_split(parts, test_fraction, seed)

@@ -46,6 +46,12 @@ IMPOSSIBLE = {
     "teacher_optimizer: {warmup: 1}": ("teacher_optimizer.warmup", "1 excluded"),
     "{data: {task: characters, name: tiny_shakespeare}, teacher: {kind: transformer, positions: 9}, "
     "student: {kind: transformer}}": ("teacher.positions", "at least data.length, 64"),
+    "data: {min_examples: -1}": ("data.min_examples", "0 or more"),
+    "data: {task: characters, name: tiny_shakespeare, min_examples: 1}": ("data.min_examples", "2 or more"),
+    "{data: {task: tagging, min_examples: 9}, checkpoint: x}": (
+        "data.min_examples",
+        "only classification and characters",
+    ),
     "data: {task: characters, name: hamlet}": ("data.name", "'tiny_shakespeare'"),
     "{data: {task: characters, name: tiny_shakespeare}, checkpoint: minilm}": ("checkpoint", "null for characters"),
     "data: {task: tagging, name: bc5cdr+bc5cdr}": ("data.name", "different corpora"),

@@ -337,12 +337,18 @@ def jitted_mutual(leading):
     return jax.jit(functools.partial(mutual_distillation, adaptive=False))
 
 
+@functools.cache
+def distillation_losses(adaptive):
+    loss = functools.partial(mutual_distillation, adaptive=adaptive)
+    return jax.jit(loss), jax.jit(per_example(loss))
+
+
 @settings(max_examples=20)
 @given(strategies.distillation((4, 3), heads=2), st.booleans())
 def test_with_a_weight_for_each_example_a_batch_is_the_mean_of_its_examples(drawn, adaptive):
     teacher, student, labels, mask, projection = drawn
-    loss = functools.partial(mutual_distillation, adaptive=adaptive)
-    found = strategies.fields(jax.jit(per_example(loss))(teacher, student, labels, mask, projection))
+    loss, of_each = distillation_losses(adaptive)
+    found = strategies.fields(of_each(teacher, student, labels, mask, projection))
     one = lambda tree, i: jax.tree.map(lambda x: x[i : i + 1], tree)  # noqa: E731
     rows = [
         strategies.fields(loss(one(teacher, i), one(student, i), labels[i : i + 1], mask[i : i + 1], projection))
