@@ -298,7 +298,7 @@ def test_the_server_sends_what_it_finds_and_forgets_the_cells_where_it_was(seed,
         chex.assert_trees_all_equal_shapes_and_dtypes(arrived, jax.tree.map(jnp.asarray, like))
         flat = np.concatenate([np.ravel(arrived["a"]), np.ravel(arrived["b"])])
         found = np.asarray(unsketched(jnp.asarray(error), 100))
-        sent = np.flatnonzero(flat)  # of two that share a cell either
+        sent = np.flatnonzero(flat)  # of numbers that share their cells, the same as it chose
         np.testing.assert_allclose(np.sort(np.abs(flat))[-10:], np.sort(np.abs(found))[-10:], rtol=1e-4, atol=1e-5)
         assert np.count_nonzero(flat) <= 10
         assert payload.nbytes == 80
