@@ -94,7 +94,7 @@ def test_devices_and_chunks_give_the_same_numbers(tmp_path):
     """`--devices 8` on forced host devices, and any `--chunk`, are one device to rounding; FedKD's are in test_simulate.py."""
     path, ends = str(ROOT / "configs" / "digits.yaml"), []
     for i, flags in enumerate((["--devices", "1"], ["--devices", "8"], ["--devices", "1", "--chunk", "3"])):
-        short = [*"--rounds 3 --eval-every 3 --out".split(), str(tmp_path / str(i))]
+        short = ["--rounds", "3", "--eval-every", "3", "--out", str(tmp_path / str(i))]
         out = run.main([path, "--method", "FedAvg of the student", *short, *flags])
         ends.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
     for other in ends[1:]:
