@@ -191,7 +191,9 @@ class Experiment:
     teacher_optimizer: OptimizerConfig = OptimizerConfig()
     student_optimizer: OptimizerConfig = OptimizerConfig()
     projection_optimizer: OptimizerConfig | None = None  # of W_h; the teacher's by default
-    baseline: str | None = None  # the method whose traffic is 1.0x; default: the first that is FedAvg of the teacher
+    # the method that others are compared with: its traffic is 1.0x, and differences are tested against it. By default 1.0x is
+    # the first FedAvg of the teacher, and tests are against the best method that is neither FedKD nor centralised
+    baseline: str | None = None
     methods: dict[str, MethodConfig] = dataclasses.field(
         default_factory=lambda: {"FedKD": MethodConfig(codec="svd")}
     )  # sims.run takes the first unless told

@@ -160,7 +160,8 @@ def significance_rows(
     """How sure a difference is: each row's mean with its 95 % interval, and a paired test against the best baseline.
 
     The interval is Student's, of the mean over seeds; the test is the two-sided paired t-test over seeds, as in the paper.
-    Seeds are the same for all methods, so that they are pairs; with few of them only large differences show.
+    Seeds are the same for all methods, so that they are pairs; with few of them only large differences show. A row is tested
+    against the same model of the best baseline where it has that (students against its student), else against its best model.
 
     Args:
         runs: as in `table_rows`, two seeds or more.
@@ -168,17 +169,17 @@ def significance_rows(
         baselines: the methods of which the one with the highest mean is what others are tested against.
 
     Returns:
-        Rows of strings: method, model, mean and half width of the interval in percent, the difference from the best baseline
-        in points, which is itself called "reference", and p; "-" where there is nothing to compare: a row with a value that is
-        not finite, no baseline without one, or for p all seeds differing by the same.
+        Rows of strings: method, model, mean and half width of the interval in percent, which row it is tested against, the
+        difference in points, and p; "-" where there is nothing to compare: the best baseline's best model, a row with a value
+        that is not finite, no baseline without one, or for p all seeds differing by the same.
 
     Raises:
         ValueError: fewer than two seeds, or no baseline among the methods.
 
     >>> def runs(*values): return [[{"model/f1": v}] for v in values]
     >>> rows = significance_rows({"FedAvg": runs(0.60, 0.62, 0.61), "ours": runs(0.71, 0.72, 0.73)}, "f1", ["FedAvg"])
-    >>> rows[0]["difference"], rows[1]["f1 %"], rows[1]["difference"], rows[1]["p"]
-    ('reference', '72.00 ± 2.48', '+11.00', '0.0027')
+    >>> rows[0]["difference"], rows[1]["f1 %"], rows[1]["against"], rows[1]["difference"], rows[1]["p"]
+    ('-', '72.00 ± 2.48', 'FedAvg', '+11.00', '0.0027')
     """
     values = final_scores(runs, metric)
     few = min(map(len, values.values()))
@@ -188,15 +189,21 @@ def significance_rows(
         raise ValueError(f"baselines is {list(baselines)}; allowed: some of {', '.join(runs)}")
     known = [row for row in values if row[0] in baselines and np.isfinite(values[row]).all()]
     best = max(known, key=lambda row: values[row].mean(), default=None)
-    rows = []
+    labels, rows = row_labels(values), []
     for (method, model), own in values.items():
         row = {"method": method, "model": model, f"{metric} %": f"{own.mean():.2f} ± {half_width(own):.2f}"}
-        row |= {"difference": "reference" if (method, model) == best else "-", "p": "-"}
-        other = own if best is None else values[best]
-        if best not in (None, (method, model)) and len(own) == len(other) and np.isfinite(own).all():
-            row["difference"] = f"{own.mean() - other.mean():+.2f}"
-            if np.ptp(own - other) > 1e-9:  # the test divides by the differences' deviation
-                row["p"] = f"{scipy.stats.ttest_rel(own, other).pvalue:.2g}"
+        row |= {"against": "-", "difference": "-", "p": "-"}
+        against = next((row for row in known if best and row == (best[0], model) != (method, model)), best)
+        if (
+            against is not None
+            and against != (method, model)
+            and len(own) == len(values[against])
+            and np.isfinite(own).all()
+        ):
+            difference = own - values[against]
+            row |= {"against": labels[against], "difference": f"{difference.mean():+.2f}"}
+            if np.ptp(difference) > 1e-9:  # the test divides by the differences' deviation
+                row["p"] = f"{scipy.stats.ttest_rel(own, values[against]).pvalue:.2g}"
         rows.append(row)
     return rows
 

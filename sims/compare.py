@@ -171,7 +171,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.write_table(folder, "table", rows)
     if len(config.seeds) > 1:
         known = [n for n, m in config.methods.items() if m.algorithm not in ("fedkd", "centralised")]
-        baselines = known or list(config.methods)[:1]  # of ablations, the first
+        baselines = (
+            [config.baseline] if config.baseline else known or list(config.methods)[:1]
+        )  # of ablations, the first
         sure = report.significance_rows(runs, scores[-1], baselines)
         common.write_table(folder, "significance", sure)
         common.console.print("", common.make_table(sure, f"{config.name}: {common.SIGNIFICANCE}"))

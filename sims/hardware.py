@@ -120,7 +120,7 @@ def describe(layout, cohort: int) -> str:
 
     backend = jax.default_backend()
     if layout.chunk is None:
-        each = "as many clients at a time as fit the cache" if backend == "cpu" else "all clients at once"
+        each = "one client at a time (several where models are tiny)" if backend == "cpu" else "all clients at once"
     else:
         _, chunk = layout.groups(cohort)
         each = "one client at a time" if chunk == 1 else f"{chunk} clients at a time under vmap"

@@ -356,8 +356,9 @@ def test_a_difference_is_tested_over_pairs_of_seeds(few, seed):
     one, other, worse = np.random.default_rng(seed).normal([[0.5], [0.55], [0.1]], 0.02, (3, few))
     runs = {name: [[{"m/f1": v}] for v in values] for name, values in (("a", one), ("b", other), ("c", worse))}
     first, *rows = report.significance_rows(runs, "f1", ["c", "a"])
-    assert (first["difference"], first["p"]) == ("reference", "-")  # the best of the two baselines
+    assert (first["against"], first["difference"], first["p"]) == ("-", "-", "-")  # the best of the two baselines
     for row, values in zip(rows, (other, worse), strict=True):
+        assert row["against"] == "a"
         d = 100 * (values - one)
         t = d.mean() / (d.std(ddof=1) / np.sqrt(few))
         assert row["difference"] == f"{d.mean():+.2f}"
@@ -376,5 +377,18 @@ def test_significance_needs_pairs_and_a_baseline():
     assert [row["p"] for row in report.significance_rows(runs, "f1", ["a"])] == ["-", "-"]
     runs = {"nan": [[{"m/f1": np.nan}], [{"m/f1": 0.5}]], **runs}
     rows = report.significance_rows(runs, "f1", ["nan", "a"])
-    assert [row["difference"] for row in rows] == ["-", "reference", "+0.00"]
+    assert [row["difference"] for row in rows] == ["-", "-", "+0.00"]
     assert [row["difference"] for row in report.significance_rows(runs, "f1", ["nan"])] == 3 * ["-"]
+
+
+def test_models_are_tested_against_the_same_model_of_the_baseline():
+    two = [[{"teacher/f1": t, "student/f1": s}] for t, s in ((0.9, 0.5), (0.92, 0.6))]
+    runs = {"FML": two, "FedKD": two, "FedAvg": [[{"model/f1": v}] for v in (0.8, 0.7)]}
+    rows = report.significance_rows(runs, "f1", ["FML", "FedAvg"])
+    assert [(row["against"], row["difference"]) for row in rows] == [
+        ("-", "-"),
+        ("FML, teacher", "-36.00"),
+        ("FML, teacher", "+0.00"),
+        ("FML, student", "+0.00"),
+        ("FML, teacher", "-16.00"),
+    ]
