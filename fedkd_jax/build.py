@@ -55,6 +55,7 @@ from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, Codec, Model
 
 SKETCH_ROWS = 5
+SYNTHETIC_EVALUATED = 1000  # clients
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -76,10 +77,32 @@ def build_data(config: Experiment) -> Clients:
         "recommendation": _recommendation,
         "characters": _characters,
     }[c.task]
-    clients = build(config)
-    if config.cohort is not None and config.cohort > len(clients.parts):
-        raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {len(clients.parts)}")
-    return clients
+    clients = _synthetic(config) if c.name == "synthetic" else build(config)
+    if config.cohort is not None and config.cohort > clients.size:
+        raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {clients.size}")
+    if c.eval_clients is None or clients.eval_ids is not None or c.eval_clients >= clients.size:
+        return clients
+    ids = tasks.subset(clients.size, c.eval_clients, c.seed)
+    if not clients.test.count[ids].any():
+        raise ConfigError("data.eval_clients", c.eval_clients, "more: none of those drawn has a test example")
+    return dataclasses.replace(clients, test=fd.from_arrays(clients.test).take(ids), eval_ids=ids)
+
+
+def _synthetic(config: Experiment) -> Clients:
+    c = config.data
+    make = functools.partial(fd.synthetic, c.clients, alpha=c.alpha, beta=c.beta, counts=c.counts, seed=c.seed)
+    ids = tasks.subset(c.clients, c.eval_clients or SYNTHETIC_EVALUATED, c.seed)
+    train, test = (jax.device_get(make(part=part).take(ids)) for part in (0, 1))
+    return Clients(
+        train=train,
+        test=test,
+        labels=train.labels,
+        parts=[np.arange(start, start + count) for start, count in zip(train.start, train.count, strict=True)],
+        classes=tuple(map(str, range(10))),
+        source=make(part=0),
+        eval_ids=ids,
+        remarks=(f"{len(ids):,} of {c.clients:,} clients are evaluated, and counted in the pictures",),
+    )
 
 
 def _classification(config: Experiment) -> Clients:
@@ -303,7 +326,7 @@ def local_steps_of(config: Experiment, method: MethodConfig, clients: Clients) -
     (43, 129)
     """
     counts, rounds = np.asarray(clients.train.count), config.rounds
-    share = 1.0 if config.cohort is None else config.cohort / len(counts)
+    share = 1.0 if config.cohort is None else config.cohort / clients.size
     alone = method.algorithm == "centralised"  # one model, trained on all that the cohort holds
     largest = math.ceil(counts.sum() * share) if alone else int(counts.max())
     each = int(count_steps(largest, batch=config.batch, epochs=config.epochs, steps=config.steps))
@@ -442,7 +465,7 @@ def build_algorithm(
     if method.algorithm == "centralised":
         return centralised(model, optimizer=build_optimizer(settings, in_run), **local)
     if method.algorithm == "scaffold":
-        share = 1.0 if config.cohort is None else config.cohort / len(clients.parts)
+        share = 1.0 if config.cohort is None else config.cohort / clients.size
         return scaffold(model, learning_rate=settings.learning_rate, participation=share, **codecs, **server, **local)
     shared = local | server | weights
     shared["optimizer"] = build_optimizer(settings, shared_steps)

@@ -32,7 +32,8 @@ class DataConfig:
     """
 
     task: Literal["classification", "tagging", "recommendation", "characters"] = "classification"
-    # of "classification" a name that fedkd_jax.data.load knows; of "tagging" the names of corpora, one a client, joined by "+";
+    # of "classification" a name that fedkd_jax.data.load knows, or "synthetic", any number of clients that are made when their
+    # turn comes; of "tagging" the names of corpora, one a client, joined by "+";
     # of "recommendation" a folder in MIND's format; of "characters" "tiny_shakespeare"
     name: str = "digits"
     dir: str | None = None  # where local files are; default $FEDKD_DATA_DIR
@@ -44,13 +45,16 @@ class DataConfig:
     # none is on both sides of the split
     natural: str | None = None
     clients: int = 20  # N; not used by "natural"
-    alpha: float = 0.3  # of "dirichlet"
+    alpha: float = 0.3  # of "dirichlet"; of "synthetic" how much the clients' tasks differ
+    beta: float = 1.0  # of "synthetic", how much their inputs do
+    counts: tuple[int, int] = (20, 40)  # of "synthetic", the least and the most examples of a client
     shards_per_client: int = 2  # of "shards"
     # of "dirichlet" that each client gets, 8 if null; of "characters" that a speaker has, 2 if null, or he is left out
     min_examples: int | None = None
     # of each client's examples, or of what is dealt whole; of "tagging" only where a corpus has no test split of its own, of
     # "recommendation" only for `validation`
     test_fraction: float = 0.25
+    eval_clients: int | None = None  # evaluate only so many, drawn with `seed`; all by default, of "synthetic" 1,000
     validation: bool = False  # evaluate on a part of the training examples instead, to tune without seeing the test
     length: int = 64  # tokens of a text, characters of a piece
     test_length: int | None = (
@@ -270,13 +274,17 @@ def from_dict(kind: Any, value: Any, key: str = "") -> Any:
 
 # the keys of `data` that not every task reads, and those that do
 _DATA_READERS = {
-    **dict.fromkeys(("split", "download", "alpha", "shards_per_client"), ("classification",)),
+    **dict.fromkeys(("split", "download", "alpha", "beta", "counts", "shards_per_client"), ("classification",)),
     "min_examples": ("classification", "characters"),
     **dict.fromkeys(("partition", "natural", "clients"), ("classification", "recommendation")),
     **dict.fromkeys(("history", "negatives", "candidates", "abstracts"), ("recommendation",)),
     "examples": ("classification", "tagging", "recommendation"),
     "test_length": ("tagging",),
 }
+
+_SYNTHETIC = ("beta", "counts")
+_NOT_SYNTHETIC = ("split", "examples", "download", "partition", "natural", "shards_per_client", "min_examples")
+_NOT_SYNTHETIC += ("test_fraction", "validation")
 
 
 # the keys of a method that not every algorithm reads, and those that do
@@ -334,6 +342,9 @@ def _validate_data(config: Experiment) -> None:
     for key in ("clients", "shards_per_client"):
         _check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     _check(0 < data.alpha < float("inf"), "data.alpha", data.alpha, "a number above 0")
+    _check(0 <= data.beta < float("inf"), "data.beta", data.beta, "0 or more")
+    fits = len(data.counts) == 2 and 1 <= data.counts[0] <= data.counts[1]
+    _check(fits, "data.counts", data.counts, "[least, most], from 1 up")
     least = 2 if data.task == "characters" else 0  # one to train on and one to test
     enough = data.min_examples is None or data.min_examples >= least
     _check(enough, "data.min_examples", data.min_examples, f"{least} or more, or null")
@@ -342,7 +353,7 @@ def _validate_data(config: Experiment) -> None:
     for key in ("length", "history", "negatives"):
         _check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
     _check(data.examples is None or data.examples >= 1, "data.examples", data.examples, "at least 1, or null for all")
-    for key, least in (("test_length", 1), ("candidates", 2)):  # one candidate alone has no rank
+    for key, least in (("test_length", 1), ("eval_clients", 1), ("candidates", 2)):  # one candidate alone has no rank
         value = getattr(data, key)
         _check(value is None or value >= least, f"data.{key}", value, f"at least {least}, or null")
     keyed = data.natural is not None
@@ -361,7 +372,10 @@ def _validate_data(config: Experiment) -> None:
         _check(data.name == "tiny_shakespeare", "data.name", data.name, "'tiny_shakespeare' for characters")
         allowed = "null for characters, which no tokenizer makes"
         _check(config.checkpoint is None, "checkpoint", config.checkpoint, allowed)
-    plain = DataConfig()
+    plain, synthetic = DataConfig(), data.name == "synthetic"
+    for key in _SYNTHETIC if not synthetic else _NOT_SYNTHETIC:
+        allowed = f"left out {'' if synthetic else 'but '}for synthetic"
+        _check(getattr(data, key) == getattr(plain, key), f"data.{key}", getattr(data, key), allowed)
     for key, value in dataclasses.asdict(data).items():
         readers = _DATA_READERS.get(key, (data.task,))
         unused = data.task in readers or value == getattr(plain, key)
@@ -380,6 +394,7 @@ def _validate_models(config: Experiment) -> None:
         model = getattr(config, name)
         text = model.kind == "transformer"
         _check(text or data.task == "classification", f"{name}.kind", model.kind, f"'transformer' for {data.task}")
+        _check(data.name != "synthetic" or model.kind == "mlp", f"{name}.kind", model.kind, "'mlp' for synthetic")
         _check(kinds[0] == kinds[1], f"{name}.kind", model.kind, "a transformer for both models or for none")
         for key in ("depth", "width", "heads", "inner", "positions"):
             _check(getattr(model, key) >= 1, f"{name}.{key}", getattr(model, key), "at least 1")

@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.cohort import take
+from fedkd_jax.data import take_clients
 from fedkd_jax.local import gather_batch
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, accuracy, as_metric
 from fedkd_jax.models import Predictor
 from fedkd_jax.parallel import Layout, map_clients
+from fedkd_jax.population import Store
 from fedkd_jax.types import Algorithm, FederatedData, Leaf, Predict, PyTree, State
 
 METRICS: Mapping[str, AnyMetric] = {"accuracy": accuracy, "loss": cross_entropy}
 RESERVED = ("round", "pooled")
+GROUP_BYTES = 2**28  # of states out of a store, at a time
 
 
 def evaluate(
@@ -27,6 +31,7 @@ def evaluate(
     *,
     metrics: Mapping[str, AnyMetric] = METRICS,
     batch: int = 256,
+    ids: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Each client's metrics on its own examples, and those of all clients' examples, for each of the algorithm's models.
 
@@ -37,6 +42,7 @@ def evaluate(
         metrics: `{name: metric}`, each a `Metric` or a mean over unmasked rows `f(logits, labels, mask) -> []`, whose mask has
             the labels' shape. Labels of masked rows are -1.
         batch: rows of a batch.
+        ids: `[n]` int, where `data` is of these n clients only, in this order; N is then n below.
 
     Returns:
         `{model: {metric: [N] float32}}`, NaN for a client without examples; and `"pooled": {model: {metric: float}}`, the
@@ -57,7 +63,19 @@ def evaluate(
     ((2,), 0.0)
     """
     options, values = _plan(algorithm, data, metrics, batch)
-    return values(_counts(state, data, **options))
+    if not isinstance(state.clients, Store):
+        if ids is not None:
+            state = State(server=state.server, clients=_take(state.clients, jnp.asarray(ids)))
+        return values(_counts(state, data, **options))
+    store, rows, counts = state.clients, np.arange(len(data.start)), []
+    ids = rows if ids is None else ids
+    size = min(len(rows), max(1, GROUP_BYTES // max(store.row_bytes, 1)))
+    for first in range(0, len(rows), size):
+        group = np.minimum(first + np.arange(size), rows[-1])  # the last is filled up, so that all have one shape
+        some = State(server=state.server, clients=store.take(np.asarray(ids)[group]))
+        of_group = jax.device_get(_counts(some, take_clients(data, group), **options))
+        counts.append(jax.tree.map(lambda x: x[: len(rows) - first], of_group))  # noqa: B023
+    return values(jax.tree.map(lambda *x: np.concatenate(x), *counts))
 
 
 def evaluate_seeds(
@@ -125,6 +143,9 @@ def _plan(algorithm: Algorithm, data: FederatedData, metrics: Mapping[str, AnyMe
         return {**out, "pooled": pooled}
 
     return options, values
+
+
+_take = jax.jit(take)
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "layout", "fns", "batch"))

@@ -1,12 +1,26 @@
-"""Where the clients' states live. Here: on the device, stacked; over several devices, split along the client axis."""
+"""Where the clients' states live: on the device, stacked; or in a store, in host memory or on disk, a row per client seen.
+
+On the device every client has a state from the start. A store makes a client's state from `fold_in(key, id)` when it is first
+asked for and keeps it once the client has taken part, so that space follows the clients that were sampled, not the
+population. A run has the same bits with any of them.
+"""
 
 import functools
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedkd_jax.parallel import Layout, place
-from fedkd_jax.types import Algorithm, FederatedData, Key, State
+from fedkd_jax.types import Algorithm, ClientState, FederatedData, Key, PyTree, ServerState, State
+
+CHUNK_BYTES = 2**26  # of host memory, taken at a time
+CALL_BYTES = 2**30  # a system call moves 2 GiB at most
+
+
+# ---- on the device -----------------------------------------------------------------------------------------------------
 
 
 def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
@@ -27,14 +41,24 @@ def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
         raise ValueError(f"population is {population}; allowed: at least 1")
     layout = algorithm.layout or Layout()
     size = -(-population // layout.devices) * layout.devices
-    server_key, client_key = jax.random.split(key)
-    server, clients = _init(server_key, client_key, algorithm.init_server, algorithm.init_clients, size)
-    return State(server=place(server, layout), clients=place(clients, layout, "clients"))
+    clients = _init_clients(algorithm.init_clients, jax.random.split(key)[1], jnp.arange(size))
+    return State(server=init_server(algorithm, key), clients=place(clients, layout, "clients"))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # one compilation for all runs of an algorithm
-def _init(server_key, client_key, init_server, init_clients, size):
-    return init_server(server_key), init_clients(client_key, jnp.arange(size))
+def init_server(algorithm: Algorithm, key: Key) -> ServerState:
+    """The server of `init_state`, alone.
+
+    >>> import optax
+    >>> from fedkd_jax import local_only, mlp
+    >>> algorithm = local_only(mlp((4, 2)), optimizer=optax.sgd(0.1), batch=2)
+    >>> int(init_server(algorithm, jax.random.key(0)).round)
+    0
+    """
+    return place(_init_server(algorithm.init_server, jax.random.split(key)[0]), algorithm.layout or Layout())
+
+
+_init_server = jax.jit(lambda init, key: init(key), static_argnums=0)  # one compilation for all runs of an algorithm
+_init_clients = jax.jit(lambda init, key, ids: init(key, ids), static_argnums=0)
 
 
 def place_data(data: FederatedData, layout: Layout | None) -> FederatedData:
@@ -47,3 +71,218 @@ def place_data(data: FederatedData, layout: Layout | None) -> FederatedData:
     'ArrayImpl'
     """
     return place(data, layout or Layout())
+
+
+# ---- in a store --------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Client states outside the device: `HostStore` and `DiskStore` are the ones to use, see there for an example.
+
+    A client that has taken part has a slot, a row of `row_bytes` bytes which holds the leaves of its state one after another.
+    A subclass reads and writes rows by slot.
+
+    >>> len(HostStore())
+    0
+    """
+
+    def __init__(self):
+        self._slots: dict[int, int] = {}
+        self._shapes = None
+        self.waited = 0.0  # seconds that rounds waited for states, in all
+
+    def open(self, algorithm: Algorithm, key: Key) -> None:
+        """Says whose states these are: `key` is that of `init_state`. `simulate` calls it.
+
+        Raises:
+            ValueError: the store already holds states of other shapes.
+            TypeError: a state holds random keys.
+        """
+        shapes = jax.eval_shape(algorithm.init_clients, key, jax.ShapeDtypeStruct((1,), jnp.int32))
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes))
+        if self._shapes not in (None, (leaves, tree)):
+            raise ValueError("store holds states of another algorithm's shapes; allowed: those it was opened with")
+        if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
+            raise TypeError("client states hold typed random keys; allowed: arrays of numbers")
+        self._shapes = (leaves, tree)
+        self._init = functools.partial(_init_clients, algorithm.init_clients, jax.random.split(key)[1])
+        self.layout = algorithm.layout or Layout()
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+        self._ends = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
+        self._spans = [(start, start + size) for start, size in zip(self._ends, sizes, strict=False)]
+        self.row_bytes: int = self._ends[-1]
+
+    def __len__(self) -> int:
+        """Number of clients that have a row."""
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows take."""
+        return len(self) * self.row_bytes
+
+    def missing(self, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids [K]` have no row yet, `[K]` bool."""
+        return np.array([int(i) not in self._slots for i in ids], bool)
+
+    def read(self, ids: np.ndarray) -> ClientState:
+        """The rows of `ids [K]` as states `[K]` in NumPy; those of clients without a row are not to be used."""
+        leaves, tree = self._opened()
+        there = ~self.missing(ids)
+        rows = np.empty((len(ids), self.row_bytes), np.uint8)
+        slots = np.array([self._slots[int(i)] for i in ids[there]], np.int64)
+        self._read(rows, np.flatnonzero(there), slots)
+        parts = [rows[:, a:b] for a, b in self._spans]
+        shaped = [p.view(s.dtype).reshape(len(ids), *s.shape) for p, s in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(tree, shaped)
+
+    def write(self, ids: np.ndarray, clients: ClientState) -> None:
+        """Keeps the states `[K]` of `ids [K]`."""
+        leaves, _ = self._opened()
+        rows = np.empty((len(ids), self.row_bytes), np.uint8)
+        for leaf, shape, (a, b) in zip(jax.tree.leaves(clients), leaves, self._spans, strict=True):
+            rows[:, a:b] = np.asarray(leaf).reshape(len(ids), -1).view(np.uint8) if shape.size else 0
+        slots = np.array([self._slots.setdefault(int(i), len(self._slots)) for i in ids], np.int64)
+        self._write(rows, slots)
+
+    def init(self, ids: np.ndarray) -> ClientState:
+        """The states `[K]` that `ids [K]` begin with, on the device."""
+        self._opened()
+        return self._init(jnp.asarray(ids, jnp.int32))
+
+    def take(self, ids: np.ndarray) -> ClientState:
+        """The states `[K]` of `ids [K]`, on the device, whether they have taken part or not."""
+        fresh = self.missing(ids)
+        if fresh.all():
+            return self.init(ids)
+        clients = place_clients(self.read(ids), self.layout)
+        return select_clients(fresh, self.init(ids), clients) if fresh.any() else clients
+
+    def close(self) -> None:
+        """Lets go of what it holds open."""
+
+    def _opened(self):
+        if self._shapes is None:
+            raise ValueError("the store is not open; allowed: after open(algorithm, key), which simulate calls")
+        return self._shapes
+
+    def _read(self, rows: np.ndarray, into: np.ndarray, slots: np.ndarray) -> None:
+        """`rows[into] = ` what the slots hold."""
+        raise NotImplementedError
+
+    def _write(self, rows: np.ndarray, slots: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class HostStore(Store):
+    """Client states in host memory.
+
+    >>> import optax
+    >>> from fedkd_jax import local_only, mlp
+    >>> algorithm, store = local_only(mlp((4, 2)), optimizer=optax.sgd(0.1), batch=2), HostStore()
+    >>> store.open(algorithm, jax.random.key(0))
+    >>> store.write(np.array([7]), store.take(np.array([7])))
+    >>> len(store), store.nbytes, store.take(np.array([3, 7])).teacher["dense_0"]["kernel"].shape
+    (1, 40, (2, 4, 2))
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._chunks: list[np.ndarray] = []
+
+    def _of_chunk(self, slots: np.ndarray):
+        """`(chunk, which of the slots are in it, where)`."""
+        size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
+        while len(self._chunks) * size < len(self._slots):
+            self._chunks.append(np.empty((size, self.row_bytes), np.uint8))
+        for number in np.unique(slots // size):
+            which = np.flatnonzero(slots // size == number)
+            yield self._chunks[number], which, slots[which] - number * size
+
+    def _read(self, rows, into, slots):
+        for chunk, which, where in self._of_chunk(slots):
+            rows[into[which]] = chunk[where]
+
+    def _write(self, rows, slots):
+        for chunk, which, where in self._of_chunk(slots):
+            chunk[where] = rows[which]
+
+
+class DiskStore(Store):
+    """Client states in a file of a folder, which is made; the file grows with the clients that have taken part.
+
+    Raises:
+        FileExistsError: the folder already has such a file.
+
+    >>> import optax, tempfile
+    >>> from fedkd_jax import local_only, mlp
+    >>> algorithm, folder = local_only(mlp((4, 2)), optimizer=optax.sgd(0.1), batch=2), tempfile.mkdtemp()
+    >>> store = DiskStore(folder)
+    >>> store.open(algorithm, jax.random.key(0))
+    >>> store.write(np.array([7, 3]), store.take(np.array([7, 3])))
+    >>> (pathlib.Path(folder) / "clients.bin").stat().st_size
+    80
+    >>> store.close()
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        super().__init__()
+        self.path = pathlib.Path(folder) / "clients.bin"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _runs(self, slots: np.ndarray):
+        """`(first, last + 1)` of slots that lie one after another in the file: a system call each."""
+        if not self.row_bytes:
+            return
+        most = max(1, CALL_BYTES // self.row_bytes)
+        cuts = np.flatnonzero(np.diff(slots) != 1) + 1
+        for a, b in zip([0, *cuts], [*cuts, len(slots)], strict=True):
+            yield from ((c, min(c + most, b)) for c in range(a, b, most))
+
+    def _read(self, rows, into, slots):
+        order = np.argsort(slots)
+        into, slots = into[order], slots[order]
+        for a, b in self._runs(slots):
+            views, at = [rows[i] for i in into[a:b]], int(slots[a]) * self.row_bytes
+            for c in range(0, len(views), 1024):  # as many as a call takes
+                some = views[c : c + 1024]
+                if os.preadv(self._file, some, at + c * self.row_bytes) != len(some) * self.row_bytes:
+                    raise OSError(f"{self.path} is too short: it was cut by something else")
+
+    def _write(self, rows, slots):
+        order = np.argsort(slots)
+        if (np.diff(order) != 1).any():
+            rows, slots = rows[order], slots[order]
+        for a, b in self._runs(slots):
+            left, at = memoryview(rows[a:b]).cast("B"), int(slots[a]) * self.row_bytes
+            while len(left):
+                done = os.pwrite(self._file, left, at)
+                left, at = left[done:], at + done
+
+
+def place_clients(clients: PyTree, layout: Layout) -> PyTree:
+    """A cohort's states `[K]` on the layout's devices, split over them if they can be.
+
+    >>> place_clients({"w": np.zeros((3, 2))}, Layout())["w"].shape
+    (3, 2)
+    """
+    leaves = jax.tree.leaves(clients)
+    even = not leaves or leaves[0].shape[0] % layout.devices == 0
+    return place(clients, layout, *(["clients"] if even else []))
+
+
+@functools.partial(jax.jit, donate_argnames=("other",))
+def select_clients(which: jax.Array, one: PyTree, other: PyTree) -> PyTree:
+    """Of each client of a cohort its state in `one` where `which [K]`, else in `other`, which is consumed.
+
+    >>> select_clients(jnp.array([True, False]), {"w": jnp.zeros((2, 1))}, {"w": jnp.ones((2, 1))})["w"].tolist()
+    [[0.0], [1.0]]
+    """
+    pick = lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+    return jax.tree.map(pick, one, other)

@@ -1,4 +1,7 @@
-"""Many rounds: compiled loops over rounds between evaluations, states donated, one trace; with one seed, or many at once."""
+"""Many rounds: compiled loops over rounds between evaluations, states donated, one trace; with one seed, or many at once.
+
+Where clients' states are in a store, a compiled round at a time, see `stream.py`.
+"""
 
 import functools
 import time
@@ -10,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedkd_jax.cohort import put, sample_cohort, take
-from fedkd_jax.data import take_clients
+from fedkd_jax.data import population_size, take_clients
 from fedkd_jax.evaluate import METRICS, evaluate, evaluate_seeds
 from fedkd_jax.metrics import AnyMetric
 from fedkd_jax.parallel import Layout, map_clients, place
-from fedkd_jax.population import init_state, place_data
-from fedkd_jax.types import Algorithm, FederatedData, History, Key, RoundInfo, State
+from fedkd_jax.population import Store, init_server, init_state, place_data
+from fedkd_jax.stream import Stream
+from fedkd_jax.types import Algorithm, ClientSource, FederatedData, History, Key, RoundInfo, State
 
 SECONDS_PER_CALL = 1.0
 
@@ -23,17 +27,19 @@ SECONDS_PER_CALL = 1.0
 def simulate(
     algorithm: Algorithm,
     population: int | State,
-    data: FederatedData,
+    data: FederatedData | ClientSource,
     key: Key,
     *,
     rounds: int,
     cohort: int | None = None,
-    test: FederatedData | None = None,
+    test: FederatedData | ClientSource | None = None,
+    eval_ids: np.ndarray | None = None,
     eval_every: int | None = None,
     eval_batch: int = 256,
     metrics: Mapping[str, AnyMetric] = METRICS,
     on_rounds: Callable[[int, RoundInfo], None] | None = None,
     on_evaluation: Callable[[History], None] | None = None,
+    store: Store | None = None,
 ) -> tuple[State, History]:
     """Runs `rounds` rounds, each on a fresh uniform cohort.
 
@@ -43,23 +49,29 @@ def simulate(
 
     Args:
         algorithm: any `Algorithm`.
-        population: the number of clients N, for a new run; or the `State` to go on from (it is copied, not consumed).
-        data: the N clients' training examples.
+        population: the number of clients N, for a new run; or the `State` to go on from (it is copied, not consumed, but for
+            a store).
+        data: the N clients' training examples; a `ClientSource` where they are not to be in memory, which needs a store.
         key: the run's key; the same one when going on.
         rounds: rounds to run now.
         cohort: clients per round K; all by default.
         test: the N clients' test examples; without them nothing is evaluated.
+        eval_ids: `[n]` int, where `test` is of these n clients only, in this order, or a `ClientSource` from which theirs are
+            taken.
         eval_every: rounds between evaluations, counted from the run's first round; there is always one after the last.
         eval_batch, metrics: as in `evaluate`.
         on_rounds: called as `(rounds done in all, RoundInfo [r, K] of the newest)`, for progress.
         on_evaluation: called after each evaluation with the history so far.
+        store: where the clients' states are to be, an empty `HostStore` or `DiskStore`; by default on the device, all N. The
+            bits are the same. The state's `clients` is then the store, and its `waited` how many seconds rounds waited for it.
 
     Returns:
         The state, and the history: `rounds` a RoundInfo `[R, K]` in NumPy, `evaluations` a tuple of `evaluate`'s dicts, each
         with its "round".
 
     Raises:
-        ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's.
+        ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's, a store that
+            is not empty, `eval_ids` that are not the test's or not in 0..N-1.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -70,16 +82,35 @@ def simulate(
     >>> history.rounds.ids.shape, int(state.server.round), history.evaluations[-1]["round"]
     ((4, 2), 4, 4)
     """
-    clients = _check(population, data, rounds, cohort, test, eval_every)
+    if isinstance(test, ClientSource):
+        if eval_ids is None:
+            raise ValueError("test is a ClientSource and eval_ids is None; allowed: with ids, of clients to evaluate")
+        test = test.take(np.asarray(eval_ids))
+    clients = _check(population, data, rounds, cohort, test, eval_every, eval_ids)
     init_key, run_key = jax.random.split(key)
     layout = algorithm.layout or Layout()
-    state = (
-        init_state(algorithm, clients, init_key) if isinstance(population, int) else jax.tree.map(jnp.copy, population)
-    )
-    data, evaluate_fn = place_data(data, layout), None
+    stored = store is not None or (isinstance(population, State) and isinstance(population.clients, Store))
+    if isinstance(data, ClientSource) and not stored:
+        raise ValueError("data is a ClientSource and the clients' states are on the device; allowed: with a store")
+    store, state = _begin(algorithm, population, clients, store, init_key)
+    data, evaluate_fn = data if isinstance(data, ClientSource) else place_data(data, layout), None
     if test is not None:
-        examples = place_data(test, layout)
-        evaluate_fn = lambda s: [evaluate(algorithm, s, examples, metrics=metrics, batch=eval_batch)]  # noqa: E731
+        over = dict(data=place_data(test, layout), metrics=metrics, batch=eval_batch, ids=eval_ids)
+        evaluate_fn = lambda s: [evaluate(algorithm, s, **over)]  # noqa: E731
+    first = int(state.server.round)
+    loop = functools.partial(
+        _loop,
+        state,
+        first=first,
+        rounds=rounds,
+        eval_every=eval_every,
+        on_rounds=None if on_rounds is None else lambda done, infos: on_rounds(done, *infos),
+        on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
+    )
+    if store is not None:
+        with Stream(algorithm, store, data, run_key, cohort=cohort or clients, last=first + rounds) as stream:
+            state, (history,) = loop(stream.run, None if evaluate_fn is None else stream.flushed(evaluate_fn))
+        return state, history
     options = _options(algorithm, cohort or clients, rounds, eval_every)
 
     def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
@@ -87,17 +118,31 @@ def simulate(
         # before jax 0.12, collectives of two programs in flight can wait for each other for ever
         return state, [jax.tree.map(lambda x: x[:count], jax.device_get(info))]
 
-    state, (history,) = _loop(
-        state,
-        run,
-        evaluate_fn,
-        first=int(state.server.round),
-        rounds=rounds,
-        eval_every=eval_every,
-        on_rounds=None if on_rounds is None else lambda done, infos: on_rounds(done, *infos),
-        on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
-    )
+    state, (history,) = loop(run, evaluate_fn)
     return state, history
+
+
+def _begin(
+    algorithm: Algorithm, population: int | State, clients: int, store: Store | None, key: Key
+) -> tuple[Store | None, State]:
+    """Where clients' states are if not on the device, and the state to begin from."""
+    if isinstance(population, State):
+        if store is not None:
+            raise ValueError(
+                "store is given with a State to go on from; allowed: None, its clients stay where they are"
+            )
+        store = population.clients if isinstance(population.clients, Store) else None
+        if store is None:
+            return None, jax.tree.map(jnp.copy, population)
+        server = jax.tree.map(jnp.copy, population.server)
+    elif store is None:
+        return None, init_state(algorithm, clients, key)
+    elif len(store):
+        raise ValueError(f"store holds {len(store)} clients; allowed: an empty one, or a State to go on from")
+    else:
+        server = init_server(algorithm, key)
+    store.open(algorithm, key)
+    return store, State(server=server, clients=store)
 
 
 def simulate_seeds(
@@ -182,9 +227,9 @@ def simulate_seeds(
     return state if len(rows) == seeds else jax.jit(take)(state, np.arange(seeds)), histories
 
 
-def _check(population, data, rounds, cohort, test, eval_every) -> int:
+def _check(population, data, rounds, cohort, test, eval_every, eval_ids=None) -> int:
     """The number of clients, if everything fits."""
-    clients = data.start.shape[0]
+    clients = population_size(data)
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; allowed: at least 1")
     if isinstance(population, int) and population != clients:
@@ -193,8 +238,11 @@ def _check(population, data, rounds, cohort, test, eval_every) -> int:
         raise ValueError(f"cohort is {cohort}; allowed: 1 to the population, {clients}")
     if eval_every is not None and eval_every < 1:
         raise ValueError(f"eval_every is {eval_every}; allowed: at least 1")
-    if test is not None and test.start.shape[0] != clients:
-        raise ValueError(f"test has {test.start.shape[0]} clients; allowed: {clients}, as in data")
+    if eval_ids is not None and not (len(eval_ids) and np.min(eval_ids) >= 0 and np.max(eval_ids) < clients):
+        raise ValueError(f"eval_ids is {eval_ids}; allowed: one id or more of 0 to {clients - 1}")
+    evaluated, which = (clients, "data") if eval_ids is None else (len(eval_ids), "eval_ids")
+    if test is not None and test.start.shape[0] != evaluated:
+        raise ValueError(f"test has {test.start.shape[0]} clients; allowed: {evaluated}, as in {which}")
     return clients
 
 

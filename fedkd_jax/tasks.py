@@ -16,7 +16,7 @@ from fedkd_jax.evaluate import METRICS
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, binary_f1, entity_f1, ranking, token_accuracy
 from fedkd_jax.models import TransformerConfig, language_model, recommender, tagger, text_classifier
-from fedkd_jax.types import FederatedData, Model, Number, PyTree
+from fedkd_jax.types import ClientSource, FederatedData, Model, Number, PyTree
 
 SCORED_NEWS = 16_384  # of one client, looked up at a time: a row of MIND may have 50 news read and 300 shown
 Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of every client
@@ -25,6 +25,8 @@ Split = tuple[list[np.ndarray], list[np.ndarray]]  # (training, test) indices of
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clients:
     """Data dealt to clients, on the host, and what their task asks for.
+
+    Where there is a `source`, the training examples come from there, and `train`, `labels` and `parts` are some clients' only.
 
     >>> [field.name for field in dataclasses.fields(Clients)][:5]
     ['train', 'test', 'labels', 'parts', 'classes']
@@ -42,6 +44,13 @@ class Clients:
     model: Callable[[TransformerConfig], Model] | None = None  # a transformer with this task's head
     eval_batch: int = 256  # rows of test data at a time
     remarks: tuple[str, ...] = ()  # what a reader of the results has to know
+    source: ClientSource | None = None
+    eval_ids: np.ndarray | None = None  # whose examples `test` holds, if not everybody's
+
+    @property
+    def size(self) -> int:
+        """The number of clients N."""
+        return len(self.parts) if self.source is None else self.source.clients
 
 
 def subset(n: int, examples: int | None, seed: int) -> np.ndarray:

@@ -196,6 +196,23 @@ class FederatedData:
     max_count: int = static_field()  # the largest count in the population
 
 
+class ClientSource(NamedTuple):
+    """The examples of a population that are not in memory: those of a cohort are read or made when its turn comes.
+
+    `take(ids [k])`, ids in NumPy, gives the data of these k clients in this order; for the same k all arrays must have the
+    same shapes and `max_count` be the same.
+
+    >>> import numpy as np
+    >>> own_number = ClientSource(clients=10**9, take=lambda ids: FederatedData(
+    ...     inputs=ids[:, None], labels=ids % 2, start=np.arange(len(ids)), count=np.ones(len(ids), int), max_count=1))
+    >>> own_number.take(np.array([7, 123_456_789])).inputs.tolist()
+    [[7], [123456789]]
+    """
+
+    clients: int  # N
+    take: Callable[[np.ndarray], FederatedData]
+
+
 @record
 class Batch:
     """A mini-batch; where `mask` is False the row is padding and must contribute exactly zero.

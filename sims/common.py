@@ -6,8 +6,9 @@ import json
 import math
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from fedkd_jax import Layout, plots, report, simulate, simulate_seeds
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
+from fedkd_jax.population import Store
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, History
 
@@ -42,6 +44,9 @@ class Options:
     devices: int | None = None  # devices the clients are split over; default all (on a CPU one per core)
     resume: bool = False  # sims.compare: `out` is an earlier comparison's, of which what is finished is not run again
     seeds_at_once: bool = False  # sims.compare: a method's seeds in one program, if their states fit the memory twice
+    # where clients' states live: on the "device" all of them; in "host" memory, or on "disk" in the results' folder while it
+    # runs, those that have taken part; "auto" is the first that holds them
+    store: Literal["auto", "device", "host", "disk"] = "auto"
     chunk: str = "auto"  # clients trained at once on a device: a number, "auto" by platform, or "measure" to time some
 
 
@@ -73,6 +78,8 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
         raise ValueError(f"method is {chosen.method!r}; allowed: {', '.join(experiment.methods)}")
     if chosen.resume and (program != "compare" or chosen.out is None):
         raise ValueError("resume is True; allowed: False, or for sims.compare with the folder as --out")
+    if chosen.seeds_at_once and chosen.store in ("host", "disk"):
+        raise ValueError(f"store is {chosen.store!r} with seeds_at_once; allowed: 'auto' or 'device'")
     if chosen.seeds_at_once and program != "compare":
         raise ValueError("seeds_at_once is True; allowed: False, or for sims.compare")
     if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdigit() and int(chosen.chunk) > 0):
@@ -139,6 +146,7 @@ def run_method(
     progress: Progress,
     on_record: Callable[[int, dict], None],
     layout: Layout | None = None,
+    store: Store | None = None,
 ) -> list[list[report.Record]]:
     """Runs one method under a progress bar; returns the records of each seed.
 
@@ -148,6 +156,7 @@ def run_method(
         label, progress: the bar's.
         on_record: gets the seed and the record of each evaluation as it comes.
         layout: of `placement.seeds_layout`.
+        store: where the clients' states are to live, if not on the device.
 
     >>> from fedkd_jax.build import build_algorithm, build_data
     >>> from fedkd_jax.config import DataConfig
@@ -161,12 +170,12 @@ def run_method(
     1
     """
     task = progress.add_task(label, total=config.rounds)
-    counts, size = clients.test.count, len(clients.parts)
-    of_clients = clients.scores[-1:] if size <= SEVERAL_CLIENTS else ()
+    counts, size = clients.test.count, clients.size
+    of_clients = clients.scores[-1:] if len(counts) <= SEVERAL_CLIENTS else ()
     keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
 
     def kept(record: report.Record) -> report.Record:
-        if size <= FEW_CLIENTS or record["round"] == config.rounds:
+        if len(counts) <= FEW_CLIENTS or record["round"] == config.rounds:
             return record
         return {key: value for key, value in record.items() if not key.endswith("_of_client")}
 
@@ -178,6 +187,12 @@ def run_method(
         for seed, of_seed in zip(seeds, records(histories), strict=True):
             on_record(seed, of_seed[-1])
 
+    began = time.perf_counter()
+
+    def on_rounds(done: int, _) -> None:
+        waited = "" if store is None else f", {store.waited / (time.perf_counter() - began):.0%} waiting for states"
+        progress.update(task, completed=done, description=label + waited)
+
     options: dict[str, Any] = dict(
         rounds=config.rounds,
         cohort=config.cohort,
@@ -185,12 +200,12 @@ def run_method(
         eval_every=config.eval_every,
         eval_batch=clients.eval_batch,
         metrics=clients.metrics,
-        on_rounds=lambda done, _: progress.update(task, completed=done),
+        on_rounds=on_rounds,
     )
     if layout is None:
         (key,) = keys
-        options["on_evaluation"] = lambda history: on_evaluation([history])
-        _, history = simulate(algorithm, size, clients.train, key, **options)
+        options |= dict(on_evaluation=lambda history: on_evaluation([history]), store=store, eval_ids=clients.eval_ids)
+        _, history = simulate(algorithm, size, clients.source or clients.train, key, **options)
         return records([history])
     options |= dict(on_evaluation=on_evaluation, layout=layout)
     _, histories = simulate_seeds(algorithm, size, clients.train, keys, **options)

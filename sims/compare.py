@@ -104,14 +104,14 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
-        placement.check_memory(algorithms, clients)
+        stores = placement.choose_stores(config, options, algorithms, clients)
         folder = common.run_folder(options, config.name)
     for name in RESULTS:  # of an earlier config, until this one's cells are finished
         (folder / name).unlink(missing_ok=True)
     common.write_config(folder, config)
-    common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
+    common.console.print(hardware.describe(layout, config.cohort or clients.size))
     common.console.print(
-        f"{len(algorithms)} methods x {len(config.seeds)} seeds, {len(clients.parts)} clients, {config.rounds} rounds"
+        f"{len(algorithms)} methods x {len(config.seeds)} seeds, {clients.size} clients, {config.rounds} rounds"
         f" -> {folder}"
     )
     common.tell_remarks(folder, clients)
@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                     common.append_jsonl(partials[seed], {**record, "seconds": seconds, **versions})
 
                 label = f"{name}, seed{'s' if at_once else ''} {', '.join(map(str, seeds))}"
-                common.run_method(config, algorithm, clients, seeds, label, progress, on_record, at_once)
+                with placement.open_store("device" if at_once else stores[name], folder) as store:
+                    common.run_method(config, algorithm, clients, seeds, label, progress, on_record, at_once, store)
                 for seed, partial in partials.items():
                     partial.replace(files[seed])
             for seed, done in files.items():

@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import resource
 import sys
 from collections.abc import Mapping
 
@@ -68,7 +69,25 @@ def memory_bytes() -> int:
     own = [device.memory_stats() or {} for device in jax.devices()]
     if all("bytes_limit" in stats for stats in own):
         return sum(stats["bytes_limit"] for stats in own)
+    return host_memory_bytes()
+
+
+def host_memory_bytes() -> int:
+    """The machine's memory.
+
+    >>> host_memory_bytes() > 10**9
+    True
+    """
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory of the machine that this process has held so far.
+
+    >>> peak_memory_bytes() > 10**7
+    True
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def choose_devices(devices: int | None, cohort: int) -> int:

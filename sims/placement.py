@@ -1,13 +1,18 @@
 """Where clients and seeds run, and whether they fit: the layout asked for, or the one that suits the hardware."""
 
+import contextlib
+import pathlib
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
-from fedkd_jax import Layout, client_mesh, init_state, report, simulate
+from fedkd_jax import DiskStore, HostStore, Layout, client_mesh, init_state, report, simulate
 from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import Experiment
+from fedkd_jax.population import Store
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm
 from sims import hardware
@@ -23,7 +28,7 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     >>> choose_layout(config, Options(devices=1, chunk="2"), build_data(config)).chunk
     2
     """
-    cohort = config.cohort or len(clients.parts)
+    cohort = config.cohort or clients.size
     devices = hardware.choose_devices(options.devices, cohort)
     mesh = client_mesh(devices) if devices > 1 else None
     if options.chunk == "auto":
@@ -44,27 +49,73 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     return min(times, key=lambda layout: times[layout])
 
 
-def check_memory(algorithms: Mapping[str, Algorithm], clients: Clients) -> None:
-    """Refuses methods whose clients' states do not fit this machine's memory, before anything is made.
+def choose_stores(
+    config: Experiment, options: Options, algorithms: Mapping[str, Algorithm], clients: Clients
+) -> dict[str, str]:
+    """Where each method's client states are to live, "device", "host" or "disk": as asked for, or the first that holds them.
+
+    The devices' memory must hold all N clients' states, half of the machine's or the disk those of clients that rounds sample.
 
     Raises:
-        ValueError: naming the method and the bytes.
+        ValueError: naming the method and the bytes, where they do not fit.
 
     >>> from fedkd_jax.build import build_data
     >>> config, clients = Experiment(), build_data(Experiment())
-    >>> check_memory({"FedKD": build_algorithm(config, config.methods["FedKD"], clients)}, clients)
+    >>> algorithms = {"FedKD": build_algorithm(config, config.methods["FedKD"], clients)}
+    >>> choose_stores(config, Options(), algorithms, clients)
+    {'FedKD': 'device'}
     """
-    limit, size = hardware.memory_bytes(), len(clients.parts)
+    size = clients.size
+    touched = min(size, config.rounds * (config.cohort or size))
+    folder = next(p for p in pathlib.Path(options.out or "runs").absolute().parents if p.exists())
+    limits = {
+        "device": (hardware.memory_bytes(), "the devices' memory"),
+        "host": (hardware.host_memory_bytes() // 2, "half of the memory"),
+        "disk": (shutil.disk_usage(folder).free, "what is free on the disk"),
+    }
+    chosen = {}
     for name, algorithm in algorithms.items():
-        if (held := _state_bytes(algorithm, clients)) > limit:
+        every = _state_bytes(algorithm, clients)
+        held = {"device": every, "host": every * touched // size, "disk": every * touched // size}
+        places = list(limits) if options.store == "auto" else [options.store]
+        if clients.source is not None and "device" in places:  # rounds with all states there want all examples there
+            places.remove("device")
+            if not places:
+                raise ValueError(
+                    "store is 'device' for clients who are made when their turn comes; allowed: 'auto', 'host', 'disk'"
+                )
+        fits = [place for place in places if held[place] <= limits[place][0]]
+        if not fits:
+            limit, what = limits[places[-1]]
             raise ValueError(
-                f"methods.{name} keeps states of {size:,} clients, {report.human_bytes(held)}; allowed: at most this machine's "
-                f"memory, {report.human_bytes(limit)} (fewer clients, smaller models, sgd, reset_optimizer)"
+                f"methods.{name} keeps states of {size if places == ['device'] else touched:,} clients, "
+                f"{report.human_bytes(held[places[-1]])}; allowed: at most {what}, {report.human_bytes(limit)} "
+                "(fewer clients, smaller models, sgd, reset_optimizer, --store auto)"
             )
+        chosen[name] = fits[0]
+    return chosen
+
+
+@contextlib.contextmanager
+def open_store(where: str, folder: pathlib.Path) -> Iterator[Store | None]:
+    """The store of a run, None for "device"; what "disk" keeps is deleted at the end.
+
+    >>> with open_store("host", pathlib.Path()) as store: len(store)
+    0
+    """
+    if where != "disk":
+        yield HostStore() if where == "host" else None
+        return
+    with tempfile.TemporaryDirectory(prefix="states-", dir=folder) as states:
+        store = DiskStore(states)
+        try:
+            yield store
+        finally:
+            store.close()
 
 
 def _state_bytes(algorithm: Algorithm, clients: Clients) -> int:
-    state = jax.eval_shape(lambda: init_state(algorithm, len(clients.parts), jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(algorithm, clients.size, jax.random.key(0)))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
@@ -84,6 +135,8 @@ def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Cl
     devices, on_cpu = min(layout.devices, seeds), jax.default_backend() == "cpu"
     if not options.seeds_at_once or seeds < 2 or 2 * seeds <= layout.devices:
         return None
+    if clients.eval_ids is not None:  # `simulate_seeds` has everybody's examples and states on the device
+        return None
     states = -(-seeds // devices) * devices * _state_bytes(algorithm, clients)
     one = hardware.memory_bytes() / (1 if on_cpu else jax.device_count())  # they are made on one device, and held twice
     if 2 * states > one:
@@ -93,10 +146,11 @@ def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Cl
 
 def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: int = 3) -> list[float]:
     """Wall time of compiled rounds, the compilation left out."""
-    state, _ = simulate(algorithm, len(clients.parts), clients.train, jax.random.key(0), rounds=2, cohort=cohort)
+    store, data = None if clients.source is None else HostStore(), clients.source or clients.train
+    state, _ = simulate(algorithm, clients.size, data, jax.random.key(0), rounds=2, cohort=cohort, store=store)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        state, _ = simulate(algorithm, state, clients.train, jax.random.key(0), rounds=2, cohort=cohort)
+        state, _ = simulate(algorithm, state, data, jax.random.key(0), rounds=2, cohort=cohort)
         times.append((time.perf_counter() - start) / 2)
     return times

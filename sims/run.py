@@ -30,29 +30,37 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(config, method, clients, layout)
-        placement.check_memory({name: algorithm}, clients)
+        where = placement.choose_stores(config, options, {name: algorithm}, clients)[name]
         folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
     common.write_config(folder, config)
-    common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
+    common.console.print(hardware.describe(layout, config.cohort or clients.size))
     common.console.print(
-        f"{name}: {len(clients.parts)} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
+        f"{name}: {clients.size} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
         f" training examples, {len(clients.labels):,} {clients.unit} in all -> {folder}"
     )
     common.tell_remarks(folder, clients)
     common.plot_clients(folder, clients)
 
     versions = hardware.versions()
-    with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress:
+    stored = placement.open_store(where, folder)
+    with SummaryWriter(str(folder)) as writer, common.progress_bar() as progress, stored as store:
         began, of_run = time.perf_counter(), {"method": name, "seed": config.seeds[0]}
 
         def on_record(_: int, record: dict) -> None:
-            seconds = round(time.perf_counter() - began, 3)
-            common.append_jsonl(folder / "metrics.jsonl", of_run | record | {"seconds": seconds} | versions)
+            spent = {"seconds": round(time.perf_counter() - began, 3)}
+            if store is not None:
+                spent["seconds_waiting"] = round(store.waited, 3)
+            common.append_jsonl(folder / "metrics.jsonl", of_run | record | spent | versions)
             for key, value in record.items():
                 if key != "round" and not isinstance(value, list):
                     writer.add_scalar(key, value, record["round"])
 
-        (records,) = common.run_method(config, algorithm, clients, config.seeds[:1], name, progress, on_record)
+        seeds = config.seeds[:1]
+        (records,) = common.run_method(config, algorithm, clients, seeds, name, progress, on_record, store=store)
+        if store is not None:
+            held = f"states of {len(store):,} clients, {report.human_bytes(store.nbytes)} ({where})"
+            common.console.print(f"{held}; rounds waited {store.waited:.1f} s for them")
+    common.console.print(f"peak memory {report.human_bytes(hardware.peak_memory_bytes())}")
 
     rows, held_out = report.table_rows({name: [records]}, None, clients.scores), common.held_out(config)
     common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))

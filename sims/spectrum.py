@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
     hardware.prepare_environment()
 
+import dataclasses
 import math
 import pathlib
 
@@ -88,14 +89,16 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             layout,
             lambda codec: spectrum_codec(codec, compressible=layer_compressible, view=layer_view),
         )
-        placement.check_memory({name: algorithm}, clients)
+        if options.store in ("host", "disk"):
+            raise ValueError(f"store is {options.store!r}; allowed for sims.spectrum: 'auto' or 'device'")
+        placement.choose_stores(config, dataclasses.replace(options, store="device"), {name: algorithm}, clients)
         folder = common.run_folder(options, f"{config.name}-spectrum")
     common.write_config(folder, config)
-    common.console.print(hardware.describe(layout, config.cohort or len(clients.parts)))
-    common.console.print(f"{name}: {len(clients.parts)} clients, {config.rounds} rounds -> {folder}")
+    common.console.print(hardware.describe(layout, config.cohort or clients.size))
+    common.console.print(f"{name}: {clients.size} clients, {config.rounds} rounds -> {folder}")
     common.tell_remarks(folder, clients)
 
-    key, state = jax.random.key(config.seeds[0]), len(clients.parts)
+    key, state = jax.random.key(config.seeds[0]), clients.size
     rows, energy, shares = [], {}, {}
     with common.progress_bar() as progress:
         task = progress.add_task(name, total=config.rounds)

@@ -50,6 +50,8 @@ def small(path: pathlib.Path) -> list[str]:
             pytest.skip("Fashion-MNIST is not here; point FEDKD_DATA_DIR to it")
         flags += ["--data.dir", data_dir(), "--data.split", "train[:400]", "--data.clients", "4", "--cohort", "2"]
         flags += ["--data.min-examples", "2"]
+    if config.data.name == "synthetic":
+        flags += ["--data.eval-clients", "20", "--cohort", "4"]
     return flags
 
 

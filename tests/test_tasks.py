@@ -28,7 +28,7 @@ from fedkd_jax.models import TransformerConfig, load_bert, recommender
 from fedkd_jax.models.recommender import Recommender
 from fedkd_jax.models.transformer import HIDDEN
 from fedkd_jax.tasks import SCORED_NEWS, Clients, next_character, recommendation, subset
-from sims import compare, hardware, placement
+from sims import common, compare, hardware, placement
 
 KEY = jax.random.key(5)
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "rash", "after", "Lithium", "no", "news", "today", "and", "rain"]
@@ -192,10 +192,15 @@ def test_more_states_than_memory_are_told_before_they_are_made(folder, monkeypat
     config = experiment(folder, "recommendation", "posts", partition="natural", natural="user")
     clients = build_data(config)
     algorithms = {"FedKD": build_algorithm(config, MethodConfig(), clients)}
-    placement.check_memory(algorithms, clients)
+    chosen = lambda store: placement.choose_stores(config, common.Options(store=store), algorithms, clients)  # noqa: E731
+    assert chosen("auto") == chosen("device") == {"FedKD": "device"}
+    assert (chosen("host"), chosen("disk")) == ({"FedKD": "host"}, {"FedKD": "disk"})
     monkeypatch.setattr(hardware, "memory_bytes", lambda: 10_000)
     with pytest.raises(ValueError, match=r"methods\.FedKD keeps states of 3 clients, .* allowed: .* memory, 10\.00 kB"):
-        placement.check_memory(algorithms, clients)
+        chosen("device")
+    assert chosen("auto") == {"FedKD": "host"}
+    monkeypatch.setattr(hardware, "host_memory_bytes", lambda: 10_000)
+    assert chosen("auto") == {"FedKD": "disk"}
 
 
 def test_abstracts_are_read_after_titles(folder):

@@ -4,7 +4,8 @@ Text first becomes words (`corpora`) and then integers (`tokens`).
 """
 
 from fedkd_jax.data.corpora import Tagged, load_speeches, load_tagged
-from fedkd_jax.data.federated import Examples, federate, take_clients, train_test_split
+from fedkd_jax.data.federated import Examples, federate, population_size, take_clients, train_test_split
+from fedkd_jax.data.lazy import from_arrays, from_records, synthetic
 from fedkd_jax.data.news import Impressions, News, evaluation_rows, load_news, training_rows
 from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
 from fedkd_jax.data.sources import load
@@ -34,6 +35,8 @@ __all__ = [
     "encode_words",
     "evaluation_rows",
     "federate",
+    "from_arrays",
+    "from_records",
     "iid",
     "load",
     "load_news",
@@ -41,7 +44,9 @@ __all__ = [
     "load_tagged",
     "load_tokenizer",
     "lost_words",
+    "population_size",
     "shards",
+    "synthetic",
     "take_clients",
     "train_test_split",
     "training_rows",

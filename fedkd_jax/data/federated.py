@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedkd_jax.types import Array, FederatedData, Number
+from fedkd_jax.types import Array, ClientSource, FederatedData, Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,15 @@ def take_clients(data: FederatedData, ids: Array) -> FederatedData:
     Array([2, 2, 3], dtype=int32)
     """
     return dataclasses.replace(data, start=jnp.asarray(data.start)[ids], count=jnp.asarray(data.count)[ids])
+
+
+def population_size(data: FederatedData | ClientSource) -> int:
+    """The number of clients N.
+
+    >>> population_size(federate(np.zeros((5, 2)), np.zeros(5, int), [np.arange(3), np.arange(3, 5)]))
+    2
+    """
+    return data.clients if isinstance(data, ClientSource) else data.start.shape[0]
 
 
 def train_test_split(

@@ -1,0 +1,169 @@
+"""Laws of `fedkd_jax.population` and `fedkd_jax.stream`: where states live changes no bit; space follows who was sampled."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedkd_jax import ClientState, DiskStore, HostStore, Layout, State, client_mesh, evaluate, simulate
+from fedkd_jax.data import from_arrays
+from fedkd_jax.population import init_server, place_clients, place_data
+from fedkd_jax.stream import _one_round
+from fedkd_jax.types import Algorithm, ClientSource
+
+KEY = jax.random.key(23)
+DATA, TEST = strategies.small_data(), strategies.small_data(1)
+FEDKD = "fedkd, optimiser kept"
+
+
+@functools.cache
+def algorithm(name=FEDKD, devices=None):
+    return strategies.ALGORITHMS[name](Layout(mesh=None if devices is None else client_mesh(devices), chunk=1))
+
+
+def run(name, cohort, devices=None, *, rounds=7, population=5, data=DATA, **options):
+    options = dict(test=TEST, eval_every=3) | options
+    return simulate(algorithm(name, devices), population, data, KEY, rounds=rounds, cohort=cohort, **options)
+
+
+on_device = functools.cache(run)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "cohort", "devices", "data"),
+    [
+        ("host", FEDKD, 2, None, DATA),
+        ("disk", FEDKD, 2, None, from_arrays(DATA)),
+        ("host", FEDKD, 4, 2, DATA),
+        ("disk", "local_only", 3, 2, from_arrays(DATA)),  # three do not split over two
+        ("host", "fedavg", 5, None, from_arrays(DATA)),  # nothing to keep, and everybody in every round
+    ],
+)
+def test_where_states_and_examples_are_changes_no_bit(tmp_path, eight_devices, where, name, cohort, devices, data):
+    state, history = on_device(name, cohort, devices)
+    store = HostStore() if where == "host" else DiskStore(tmp_path / "states")
+    other, rows = run(name, cohort, devices, data=data, store=store)
+    chex.assert_trees_all_equal(rows.rounds, history.rounds)
+    chex.assert_trees_all_equal(rows.evaluations, history.evaluations)
+    chex.assert_trees_all_equal(other.server, state.server)
+    assert other.clients is store
+    everybody = jax.device_get(store.take(np.arange(5)))
+    chex.assert_trees_all_equal(everybody, jax.tree.map(lambda x: np.asarray(x)[:5], state.clients))
+    assert len(store) == len(np.unique(history.rounds.ids))
+    if where == "disk":
+        assert store.path.stat().st_size == store.nbytes > 0
+
+
+def test_a_run_goes_on_from_its_store_and_some_clients_are_evaluated():
+    state, history = on_device(FEDKD, 2)
+    ids = np.array([4, 1])
+    half, _ = run(FEDKD, 2, rounds=3, store=HostStore())
+    whole, rows = run(FEDKD, 2, rounds=4, population=half, test=from_arrays(TEST), eval_ids=ids)
+    chex.assert_trees_all_equal(whole.server, state.server)
+    chex.assert_trees_all_equal(rows.rounds, jax.tree.map(lambda x: x[3:], history.rounds))
+    (last,) = rows.evaluations[-1:]
+    for model in ("teacher", "student"):
+        np.testing.assert_array_equal(last[model]["accuracy"], history.evaluations[-1][model]["accuracy"][ids])
+    some = from_arrays(TEST).take(ids)
+    chex.assert_trees_all_equal(
+        evaluate(algorithm(), whole, some, ids=ids), evaluate(algorithm(), state, some, ids=ids)
+    )
+
+
+def test_over_devices_a_round_adds_up_and_gathers_no_states(eight_devices):
+    """What devices tell each other, in the compiled program: sums."""
+    own, layout = algorithm(FEDKD, 2), Layout(mesh=client_mesh(2))
+    ids = np.arange(4)
+    clients = place_clients(jax.device_get(own.init_clients(KEY, ids)), layout)
+    state = (init_server(own, KEY), clients, place_data(DATA, layout), jnp.asarray(ids), KEY)
+    text = _one_round.lower(*state, round_fn=own.round).compile().as_text()
+    assert "all-reduce" in text
+    for other in ("all-gather", "all-to-all", "collective-permute"):
+        assert other not in text
+
+
+# ---- stores alone ------------------------------------------------------------------------------------------------------
+
+
+def made(key, ids):
+    """States of many types, from key and id."""
+    number = jax.random.uniform(key, ()) + ids.astype(jnp.float32)
+    return ClientState(
+        teacher={"w": number[:, None, None] * jnp.ones((1, 2, 3)), "half": number[:, None].astype(jnp.bfloat16)},
+        teacher_opt=(ids.astype(jnp.int32), jnp.zeros((len(ids), 0)), ids[:, None] % jnp.arange(1, 6)[None] > 0),
+    )
+
+
+MADE = Algorithm(init_server=lambda key: None, init_clients=made, round=lambda *_: None)
+
+
+@settings(deadline=None)
+@given(
+    cohorts=st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4, unique=True), max_size=6),
+    asked=st.lists(st.integers(0, 9), min_size=4, max_size=4, unique=True),
+    disk=st.booleans(),
+    chunk=st.sampled_from([1, 100, 10_000]),
+)
+def test_a_store_is_a_dict_of_clients(tmp_path_factory, cohorts, asked, disk, chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedkd_jax.population.CHUNK_BYTES", chunk)
+        patch.setattr("fedkd_jax.population.CALL_BYTES", chunk)
+        store = DiskStore(tmp_path_factory.mktemp("states")) if disk else HostStore()
+        store.open(MADE, KEY)
+        oracle = {i: strategies.one(store.init(np.arange(10)), i) for i in range(10)}
+        for t, ids in enumerate(cohorts):
+            new = jax.tree.map(lambda x: np.asarray(x) * (t + 2), made(KEY, np.array(ids)))  # noqa: B023
+            new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, made(KEY, np.array(ids)))
+            store.write(np.array(ids), new)
+            oracle |= {i: strategies.one(new, k) for k, i in enumerate(ids)}
+        got = store.take(np.array(asked))
+        for k, i in enumerate(asked):
+            chex.assert_trees_all_equal(strategies.one(got, k), oracle[i])
+        chex.assert_trees_all_equal_dtypes(got, made(KEY, np.array(asked)))
+        touched = len({i for ids in cohorts for i in ids})
+        assert (len(store), store.nbytes) == (touched, touched * store.row_bytes)
+        store.close()
+
+
+def test_what_a_store_refuses(tmp_path):
+    store = DiskStore(tmp_path)
+    with pytest.raises(ValueError, match="the store is not open"):
+        store.take(np.arange(2))
+    with pytest.raises(FileExistsError):
+        DiskStore(tmp_path)
+    store.open(MADE, KEY)
+    store.write(np.arange(4), store.take(np.arange(4)))
+    with pytest.raises(ValueError, match="store holds states of another algorithm's shapes"):
+        store.open(algorithm(), KEY)
+    with pytest.raises(ValueError, match="store holds 4 clients; allowed: an empty one"):
+        run(FEDKD, 2, store=store)
+    with pytest.raises(ValueError, match="store is given with a State"):
+        run(FEDKD, 2, population=State(server=None, clients=store), store=HostStore())
+    store.path.write_bytes(b"")
+    with pytest.raises(OSError, match=r"clients\.bin is too short"):
+        store.take(np.arange(2))
+    with pytest.raises(TypeError, match="typed random keys"):
+        HostStore().open(MADE._replace(init_clients=lambda key, ids: jax.random.split(key, len(ids))), KEY)
+    source = ClientSource(clients=5, take=from_arrays(DATA).take)
+    with pytest.raises(ValueError, match="data is a ClientSource and the clients' states are on the device"):
+        run(FEDKD, 2, data=source)
+    with pytest.raises(ValueError, match="test is a ClientSource and eval_ids is None"):
+        run(FEDKD, 2, test=source)
+    for ids in ([], [5], [-1]):
+        with pytest.raises(ValueError, match=r"eval_ids is \[.*\]; allowed: one id or more of 0 to 4"):
+            run(FEDKD, 2, test=source if ids == [] else TEST, eval_ids=np.array(ids, int))
+
+
+def test_a_failed_write_ends_the_run(tmp_path):
+    class Full(HostStore):
+        def _write(self, rows, slots):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        run("local_only", 2, store=Full())
