@@ -91,7 +91,8 @@ def build_data(config: Experiment) -> Clients:
 def _synthetic(config: Experiment) -> Clients:
     c = config.data
     make = functools.partial(fd.synthetic, c.clients, alpha=c.alpha, beta=c.beta, counts=c.counts, seed=c.seed)
-    ids = tasks.subset(c.clients, c.eval_clients or SYNTHETIC_EVALUATED, c.seed)
+    evaluated = min(c.clients, c.eval_clients or SYNTHETIC_EVALUATED)
+    ids = np.sort(np.random.default_rng(c.seed).choice(c.clients, evaluated, replace=False))
     train, test = (jax.device_get(make(part=part).take(ids)) for part in (0, 1))
     return Clients(
         train=train,
@@ -328,7 +329,7 @@ def local_steps_of(config: Experiment, method: MethodConfig, clients: Clients) -
     counts, rounds = np.asarray(clients.train.count), config.rounds
     share = 1.0 if config.cohort is None else config.cohort / clients.size
     alone = method.algorithm == "centralised"  # one model, trained on all that the cohort holds
-    largest = math.ceil(counts.sum() * share) if alone else int(counts.max())
+    largest = math.ceil(counts.mean() * clients.size * share) if alone else clients.train.max_count
     each = int(count_steps(largest, batch=config.batch, epochs=config.epochs, steps=config.steps))
     turns = rounds * share + 3 * math.sqrt(rounds * share * (1 - share))
     return each, each * (rounds if alone else min(rounds, math.ceil(turns)))

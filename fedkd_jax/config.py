@@ -341,7 +341,8 @@ def _validate_data(config: Experiment) -> None:
     data = config.data
     for key in ("clients", "shards_per_client"):
         _check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
-    _check(0 < data.alpha < float("inf"), "data.alpha", data.alpha, "a number above 0")
+    fits = 0 < data.alpha < float("inf") or (data.name == "synthetic" and data.alpha == 0)
+    _check(fits, "data.alpha", data.alpha, "a number above 0, or 0 for synthetic")
     _check(0 <= data.beta < float("inf"), "data.beta", data.beta, "0 or more")
     fits = len(data.counts) == 2 and 1 <= data.counts[0] <= data.counts[1]
     _check(fits, "data.counts", data.counts, "[least, most], from 1 up")

@@ -49,7 +49,7 @@ def evaluate(
         value of all clients' counts together, for a plain function the mean weighted by rows.
 
     Raises:
-        ValueError: a model is called "round" or "pooled".
+        ValueError: a model is called "round" or "pooled"; not as many `ids` as clients in `data`, or no such clients.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -63,6 +63,11 @@ def evaluate(
     ((2,), 0.0)
     """
     options, values = _plan(algorithm, data, metrics, batch)
+    if ids is not None:
+        held = [] if isinstance(state.clients, Store) else [x.shape[0] for x in jax.tree.leaves(state.clients)]
+        last = min(held, default=2**31 - 1) - 1
+        if len(ids) != len(data.start) or np.min(ids) < 0 or np.max(ids) > last:
+            raise ValueError(f"ids is {ids}; allowed: {len(data.start)} of 0 to {last}, one for each client of data")
     if not isinstance(state.clients, Store):
         if ids is not None:
             state = State(server=state.server, clients=_take(state.clients, jnp.asarray(ids)))

@@ -8,6 +8,8 @@ population. A run has the same bits with any of them.
 import functools
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,23 +90,27 @@ class Store:
 
     def __init__(self):
         self._slots: dict[int, int] = {}
-        self._shapes = None
+        self._shapes: tuple[list[jax.ShapeDtypeStruct], Any] | None = None
+        self._key: np.ndarray | None = None
+        self.round: int | None = 0  # rounds done by those who are kept; None while some are under way
         self.waited = 0.0  # seconds that rounds waited for states, in all
 
     def open(self, algorithm: Algorithm, key: Key) -> None:
         """Says whose states these are: `key` is that of `init_state`. `simulate` calls it.
 
         Raises:
-            ValueError: the store already holds states of other shapes.
+            ValueError: the store was opened with states of other shapes, or with another key.
             TypeError: a state holds random keys.
         """
         shapes = jax.eval_shape(algorithm.init_clients, key, jax.ShapeDtypeStruct((1,), jnp.int32))
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes))
         if self._shapes not in (None, (leaves, tree)):
-            raise ValueError("store holds states of another algorithm's shapes; allowed: those it was opened with")
+            raise ValueError("store is of another algorithm's states; allowed: shapes as it was opened with")
+        if self._key is not None and not np.array_equal(self._key, jax.random.key_data(key)):
+            raise ValueError("store is of another run's clients; allowed: the key it was opened with")
         if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
             raise TypeError("client states hold typed random keys; allowed: arrays of numbers")
-        self._shapes = (leaves, tree)
+        self._shapes, self._key = (leaves, tree), np.asarray(jax.random.key_data(key))
         self._init = functools.partial(_init_clients, algorithm.init_clients, jax.random.split(key)[1])
         self.layout = algorithm.layout or Layout()
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
@@ -125,10 +131,9 @@ class Store:
         """Which of `ids [K]` have no row yet, `[K]` bool."""
         return np.array([int(i) not in self._slots for i in ids], bool)
 
-    def read(self, ids: np.ndarray) -> ClientState:
-        """The rows of `ids [K]` as states `[K]` in NumPy; those of clients without a row are not to be used."""
+    def read(self, ids: np.ndarray, there: np.ndarray) -> ClientState:
+        """The rows of `ids [K]` as states `[K]` in NumPy, where `there [K]`; the others are not to be used."""
         leaves, tree = self._opened()
-        there = ~self.missing(ids)
         rows = np.empty((len(ids), self.row_bytes), np.uint8)
         slots = np.array([self._slots[int(i)] for i in ids[there]], np.int64)
         self._read(rows, np.flatnonzero(there), slots)
@@ -141,9 +146,13 @@ class Store:
         leaves, _ = self._opened()
         rows = np.empty((len(ids), self.row_bytes), np.uint8)
         for leaf, shape, (a, b) in zip(jax.tree.leaves(clients), leaves, self._spans, strict=True):
-            rows[:, a:b] = np.asarray(leaf).reshape(len(ids), -1).view(np.uint8) if shape.size else 0
-        slots = np.array([self._slots.setdefault(int(i), len(self._slots)) for i in ids], np.int64)
-        self._write(rows, slots)
+            if shape.size:
+                rows[:, a:b] = np.asarray(leaf, shape.dtype).reshape(len(ids), -1).view(np.uint8)
+        slots = dict(self._new_slots(ids))
+        self._write(rows, np.array([slots[int(i)] for i in ids], np.int64))
+        self._slots |= (
+            slots  # only now: a write that failed leaves no client with half a state that was not there before
+        )
 
     def init(self, ids: np.ndarray) -> ClientState:
         """The states `[K]` that `ids [K]` begin with, on the device."""
@@ -155,11 +164,17 @@ class Store:
         fresh = self.missing(ids)
         if fresh.all():
             return self.init(ids)
-        clients = place_clients(self.read(ids), self.layout)
+        clients = place_clients(self.read(ids, ~fresh), self.layout)
         return select_clients(fresh, self.init(ids), clients) if fresh.any() else clients
 
     def close(self) -> None:
         """Lets go of what it holds open."""
+
+    def _new_slots(self, ids: np.ndarray) -> Iterator[tuple[int, int]]:
+        last = len(self._slots)
+        for i in map(int, ids):
+            yield i, self._slots.get(i, last)
+            last += i not in self._slots
 
     def _opened(self):
         if self._shapes is None:
@@ -193,7 +208,7 @@ class HostStore(Store):
     def _of_chunk(self, slots: np.ndarray):
         """`(chunk, which of the slots are in it, where)`."""
         size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
-        while len(self._chunks) * size < len(self._slots):
+        while len(slots) and len(self._chunks) * size <= slots.max():
             self._chunks.append(np.empty((size, self.row_bytes), np.uint8))
         for number in np.unique(slots // size):
             which = np.flatnonzero(slots // size == number)
@@ -253,7 +268,9 @@ class DiskStore(Store):
             for c in range(0, len(views), 1024):  # as many as a call takes
                 some = views[c : c + 1024]
                 if os.preadv(self._file, some, at + c * self.row_bytes) != len(some) * self.row_bytes:
-                    raise OSError(f"{self.path} is too short: it was cut by something else")
+                    raise OSError(
+                        f"{self.path} has {os.fstat(self._file).st_size} bytes; allowed: {self.nbytes}, as written"
+                    )
 
     def _write(self, rows, slots):
         order = np.argsort(slots)

@@ -82,11 +82,9 @@ def simulate(
     >>> history.rounds.ids.shape, int(state.server.round), history.evaluations[-1]["round"]
     ((4, 2), 4, 4)
     """
-    if isinstance(test, ClientSource):
-        if eval_ids is None:
-            raise ValueError("test is a ClientSource and eval_ids is None; allowed: with ids, of clients to evaluate")
-        test = test.take(np.asarray(eval_ids))
     clients = _check(population, data, rounds, cohort, test, eval_every, eval_ids)
+    if isinstance(test, ClientSource):
+        test = test.take(np.asarray(eval_ids))
     init_key, run_key = jax.random.split(key)
     layout = algorithm.layout or Layout()
     stored = store is not None or (isinstance(population, State) and isinstance(population.clients, Store))
@@ -108,8 +106,10 @@ def simulate(
         on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
     )
     if store is not None:
+        store.round = None
         with Stream(algorithm, store, data, run_key, cohort=cohort or clients, last=first + rounds) as stream:
             state, (history,) = loop(stream.run, None if evaluate_fn is None else stream.flushed(evaluate_fn))
+        store.round = first + rounds
         return state, history
     options = _options(algorithm, cohort or clients, rounds, eval_every)
 
@@ -135,10 +135,15 @@ def _begin(
         if store is None:
             return None, jax.tree.map(jnp.copy, population)
         server = jax.tree.map(jnp.copy, population.server)
+        if store.round != int(server.round):
+            left = "was left within a run" if store.round is None else f"is at round {store.round}"
+            raise ValueError(
+                f"population is a State of round {server.round} whose store {left}; allowed: the newest State"
+            )
     elif store is None:
         return None, init_state(algorithm, clients, key)
-    elif len(store):
-        raise ValueError(f"store holds {len(store)} clients; allowed: an empty one, or a State to go on from")
+    elif len(store) or store.round != 0:
+        raise ValueError(f"store holds {len(store)} clients; allowed: a new one, or a State to go on from")
     else:
         server = init_server(algorithm, key)
     store.open(algorithm, key)
@@ -177,7 +182,8 @@ def simulate_seeds(
         The states, `[S, ...]`, and a history per seed.
 
     Raises:
-        ValueError: as `simulate`; an algorithm whose layout has several devices; not as many states as keys, or none.
+        ValueError: as `simulate`; an algorithm whose layout has several devices; not as many states as keys, or none; clients
+            in a store.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -189,6 +195,8 @@ def simulate_seeds(
     ([2, 2, 2, 2], [2, 2, 2, 2])
     """
     clients, seeds = _check(population, data, rounds, cohort, test, eval_every), len(keys)
+    if isinstance(population, State) and isinstance(population.clients, Store):
+        raise ValueError("population has its clients in a store; allowed: on the device, as several seeds run at once")
     states = seeds if isinstance(population, int) else len(population.server.round)
     if states != seeds or not seeds:
         raise ValueError(f"population has {states} states; allowed: one for each of keys, {seeds}, at least 1")
@@ -240,6 +248,12 @@ def _check(population, data, rounds, cohort, test, eval_every, eval_ids=None) ->
         raise ValueError(f"eval_every is {eval_every}; allowed: at least 1")
     if eval_ids is not None and not (len(eval_ids) and np.min(eval_ids) >= 0 and np.max(eval_ids) < clients):
         raise ValueError(f"eval_ids is {eval_ids}; allowed: one id or more of 0 to {clients - 1}")
+    if isinstance(test, ClientSource):
+        if eval_ids is None:
+            raise ValueError("test is a ClientSource and eval_ids is None; allowed: with ids, of clients to evaluate")
+        if test.clients != clients:
+            raise ValueError(f"test has {test.clients} clients; allowed: {clients}, as in data")
+        return clients
     evaluated, which = (clients, "data") if eval_ids is None else (len(eval_ids), "eval_ids")
     if test is not None and test.start.shape[0] != evaluated:
         raise ValueError(f"test has {test.start.shape[0]} clients; allowed: {evaluated}, as in {which}")

@@ -6,8 +6,8 @@ device's:
     thread   ... read cohort t+1   write what round t-1 made   read cohort t+2   write what round t made ...
     device   ... round t                                       round t+1 ...
 
-so that a round takes as long as the longer of the two. What cohort t+1 has in common with cohort t is not read but taken from
-what round t made, on the device; what it has in common with an earlier one has been written by then.
+so that a round takes as long as the longer of the two. Those of cohort t+1 who are in cohort t, too, are not read but taken
+from what round t made, on the device; those who were in an earlier one have been written by then.
 """
 
 import functools
@@ -120,15 +120,19 @@ class Stream:
 
     def _ids(self, t: int) -> np.ndarray:
         if t not in self._cohorts:  # a program of its own, for which the device has to be free: not at every round
-            drawn = np.asarray(self._draw(self.key, t + np.arange(BLOCK)))
-            self._cohorts = dict(zip(range(t, t + BLOCK), drawn, strict=True))
+            rounds = range(t, min(t + BLOCK, self.last))
+            self._cohorts = dict(zip(rounds, np.asarray(self._draw(self.key, np.array(rounds))), strict=True))
         return self._cohorts[t]
 
     def _fetch(self, ids: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, ClientState | None, FederatedData]:
         """Which of `ids` begin in this round, the states of the others, but of those training now, and the examples."""
-        fresh, layout = self.store.missing(ids) & ~np.isin(ids, training), self.store.layout
-        clients = None if fresh.all() else place_clients(self.store.read(ids), layout)
-        data = place_data(self.data.take(ids), layout) if isinstance(self.data, ClientSource) else self.data
+        now, layout, data = np.isin(ids, training), self.store.layout, self.data
+        fresh = self.store.missing(ids) & ~now
+        clients = None if fresh.all() else place_clients(self.store.read(ids, ~fresh & ~now), layout)
+        if isinstance(data, ClientSource):
+            data = place_data(data.take(ids), layout)
+            if data.start.shape != ids.shape:
+                raise ValueError(f"data.take gave {data.start.shape} clients for ids {ids.shape}; allowed: as many")
         return jax.block_until_ready((fresh, clients, data))
 
     def _states(self, t: int, ids: np.ndarray) -> tuple[ClientState, FederatedData]:
@@ -159,7 +163,7 @@ class Stream:
 
 @functools.partial(jax.jit, static_argnames=("clients", "cohort"))
 def _draw_cohorts(key, rounds, *, clients: int, cohort: int):
-    return jax.vmap(lambda t: sample_cohort(key, t, clients, cohort))(rounds)
+    return jax.lax.map(lambda t: sample_cohort(key, t, clients, cohort), rounds)
 
 
 @functools.partial(jax.jit, static_argnames=("round_fn",), donate_argnames=("server", "clients"))

@@ -52,6 +52,12 @@ class Clients:
         """The number of clients N."""
         return len(self.parts) if self.source is None else self.source.clients
 
+    @property
+    def scored(self) -> tuple[str, ...] | None:
+        """The names of those whose examples `test` holds, where clients have some."""
+        ids = range(self.size) if self.eval_ids is None else self.eval_ids
+        return None if self.names is None else tuple(self.names[i] for i in ids)
+
 
 def subset(n: int, examples: int | None, seed: int) -> np.ndarray:
     """Which of n examples are used: `examples` of them in their order, drawn once for a seed; all where it is None.

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             at_once = placement.seeds_layout(options, len(left), algorithms[name], clients, layout)
             if options.seeds_at_once and len(left) > 1 and at_once is None:
                 common.console.print(
-                    f"{name}: its seeds run one by one, for want of memory or with more devices than seeds"
+                    f"{name}: its seeds run one by one, for want of memory, for more devices than seeds, or for eval_clients"
                 )
             algorithm = algorithms[name] if at_once is None else build_algorithm(config, method, clients, one_device)
             for seeds in [[seed] for seed in left] if at_once is None else [left]:
@@ -178,9 +178,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         sure = report.significance_rows(runs, scores[-1], baselines)
         common.write_table(folder, "significance", sure)
         common.console.print("", common.make_table(sure, f"{config.name}: {common.SIGNIFICANCE}"))
-    names = None if len(clients.parts) > common.FEW_CLIENTS else clients.names
-    if names is not None:
-        each = report.client_rows(runs, scores[-1], names)
+    if clients.scored is not None and len(clients.scored) <= common.FEW_CLIENTS:
+        each = report.client_rows(runs, scores[-1], clients.scored)
         common.console.print("", common.make_table(each, f"{config.name}: {scores[-1]} % of each client"))
         common.write_table(folder, "clients", each)
     section = section_of(folder)

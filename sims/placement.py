@@ -67,7 +67,8 @@ def choose_stores(
     """
     size = clients.size
     touched = min(size, config.rounds * (config.cohort or size))
-    folder = next(p for p in pathlib.Path(options.out or "runs").absolute().parents if p.exists())
+    out = pathlib.Path(options.out or "runs").absolute()
+    folder = next(p for p in (out, *out.parents) if p.exists())
     limits = {
         "device": (hardware.memory_bytes(), "the devices' memory"),
         "host": (hardware.host_memory_bytes() // 2, "half of the memory"),
@@ -146,7 +147,8 @@ def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Cl
 
 def seconds_per_round(algorithm, clients: Clients, cohort: int | None, repeats: int = 3) -> list[float]:
     """Wall time of compiled rounds, the compilation left out."""
-    store, data = None if clients.source is None else HostStore(), clients.source or clients.train
+    fits = clients.source is None and _state_bytes(algorithm, clients) <= hardware.memory_bytes()
+    store, data = None if fits else HostStore(), clients.source or clients.train
     state, _ = simulate(algorithm, clients.size, data, jax.random.key(0), rounds=2, cohort=cohort, store=store)
     times = []
     for _ in range(repeats):

@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or clients.size))
+    in_all = "" if clients.source else f", {len(clients.labels):,} {clients.unit} in all"
     common.console.print(
-        f"{name}: {clients.size} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
-        f" training examples, {len(clients.labels):,} {clients.unit} in all -> {folder}"
+        f"{name}: {clients.size:,} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
+        f" training examples{in_all} -> {folder}"
     )
     common.tell_remarks(folder, clients)
     common.plot_clients(folder, clients)
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     rows, held_out = report.table_rows({name: [records]}, None, clients.scores), common.held_out(config)
     common.console.print("", common.make_table(rows, f"{config.name}, {held_out}, {config.rounds} rounds"))
     common.write_table(folder, "table", rows)
-    if clients.names is not None and len(clients.names) <= common.FEW_CLIENTS:
-        common.write_table(folder, "clients", report.client_rows({name: [records]}, clients.scores[-1], clients.names))
+    if clients.scored is not None and len(clients.scored) <= common.FEW_CLIENTS:
+        common.write_table(folder, "clients", report.client_rows({name: [records]}, clients.scores[-1], clients.scored))
     main = clients.scores[-1]
     plots.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
     common.console.print(f"config, metrics, events, plots and table: {folder}")

@@ -91,6 +91,10 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         )
         if options.store in ("host", "disk"):
             raise ValueError(f"store is {options.store!r}; allowed for sims.spectrum: 'auto' or 'device'")
+        if clients.source is not None:
+            raise ValueError(
+                f"data.name is {config.data.name!r}; allowed for sims.spectrum: examples that are in memory"
+            )
         placement.choose_stores(config, dataclasses.replace(options, store="device"), {name: algorithm}, clients)
         folder = common.run_folder(options, f"{config.name}-spectrum")
     common.write_config(folder, config)

@@ -139,14 +139,16 @@ def test_what_a_store_refuses(tmp_path):
         DiskStore(tmp_path)
     store.open(MADE, KEY)
     store.write(np.arange(4), store.take(np.arange(4)))
-    with pytest.raises(ValueError, match="store holds states of another algorithm's shapes"):
+    with pytest.raises(ValueError, match="store is of another algorithm's states"):
         store.open(algorithm(), KEY)
-    with pytest.raises(ValueError, match="store holds 4 clients; allowed: an empty one"):
+    with pytest.raises(ValueError, match="store is of another run's clients"):
+        store.open(MADE, jax.random.key(24))
+    with pytest.raises(ValueError, match="store holds 4 clients; allowed: a new one"):
         run(FEDKD, 2, store=store)
     with pytest.raises(ValueError, match="store is given with a State"):
         run(FEDKD, 2, population=State(server=None, clients=store), store=HostStore())
     store.path.write_bytes(b"")
-    with pytest.raises(OSError, match=r"clients\.bin is too short"):
+    with pytest.raises(OSError, match=r"clients\.bin has 0 bytes; allowed: 192"):
         store.take(np.arange(2))
     with pytest.raises(TypeError, match="typed random keys"):
         HostStore().open(MADE._replace(init_clients=lambda key, ids: jax.random.split(key, len(ids))), KEY)
@@ -157,7 +159,18 @@ def test_what_a_store_refuses(tmp_path):
         run(FEDKD, 2, test=source)
     for ids in ([], [5], [-1]):
         with pytest.raises(ValueError, match=r"eval_ids is \[.*\]; allowed: one id or more of 0 to 4"):
-            run(FEDKD, 2, test=source if ids == [] else TEST, eval_ids=np.array(ids, int))
+            run(FEDKD, 2, test=source, eval_ids=np.array(ids, int))
+        with pytest.raises(ValueError, match=r"eval_ids is \[.*\]; allowed: one id or more of 0 to 4"):
+            run(FEDKD, 2, test=TEST, eval_ids=np.array(ids, int))
+    with pytest.raises(ValueError, match="test has 6 clients; allowed: 5, as in data"):
+        run(FEDKD, 2, test=source._replace(clients=6), eval_ids=np.array([0]))
+    one_too_few = source._replace(take=lambda ids: source.take(ids[1:]))
+    with pytest.raises(ValueError, match=r"data.take gave \(1,\) clients for ids \(2,\)"):
+        run("fedavg", 2, data=one_too_few, store=HostStore())
+    state, _ = on_device(FEDKD, 2)
+    for ids in ([0, 5], [-1, 0], [0]):
+        with pytest.raises(ValueError, match=r"ids is \[.*\]; allowed: 2 of 0 to 4, one for each client of data"):
+            evaluate(algorithm(), state, source.take(np.arange(2)), ids=np.array(ids))
 
 
 def test_a_failed_write_ends_the_run(tmp_path):
@@ -166,4 +179,14 @@ def test_a_failed_write_ends_the_run(tmp_path):
             raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space left"):
-        run("local_only", 2, store=Full())
+        run("local_only", 2, store=(store := Full()))
+    assert len(store) == 0  # nobody who has no state
+    with pytest.raises(ValueError, match="a State of round 0 whose store was left within a run; allowed: the newest"):
+        run("local_only", 2, population=State(server=init_server(algorithm("local_only"), KEY), clients=store))
+
+
+def test_a_store_goes_on_from_its_newest_state_only():
+    old, _ = run("local_only", 2, rounds=1, store=HostStore())
+    run("local_only", 2, rounds=1, population=old)
+    with pytest.raises(ValueError, match="a State of round 1 whose store is at round 2; allowed: the newest"):
+        run("local_only", 2, population=old)

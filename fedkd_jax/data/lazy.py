@@ -13,6 +13,8 @@ import numpy as np
 from fedkd_jax.cohort import client_key
 from fedkd_jax.types import ClientSource, FederatedData, Number, PyTree
 
+MOST = 2**31 - 2  # ids are int32, and the last ones are not clients': see `rounds` and `cohort`
+
 
 def from_arrays(data: FederatedData) -> ClientSource:
     """The clients of a `FederatedData` whose flat arrays stay where they are, such as `numpy.load(file, mmap_mode="r")`.
@@ -93,7 +95,7 @@ def synthetic(
     differs between clients; the number of examples is log-normal without a bound, here log-uniform between two.
 
     Args:
-        clients: N; costs nothing.
+        clients: N, below 2^31 - 2; costs nothing.
         alpha, beta: variances, 0 or more.
         features, classes: sizes.
         counts: `(least, most)` examples of a client.
@@ -101,7 +103,7 @@ def synthetic(
         part: 0, 1, ...: other examples of the same clients, to test on.
 
     Raises:
-        ValueError: no client, a negative variance, or counts that are no range from 1 up.
+        ValueError: no client or too many, a negative variance, or counts that are no range from 1 up.
 
     >>> source = synthetic(1_000_000, counts=(5, 9))
     >>> cohort = source.take(np.array([999_999, 3]))
@@ -110,7 +112,7 @@ def synthetic(
     """
     least, most = counts
     for name, value, good, allowed in (
-        ("clients", clients, clients >= 1, "at least 1"),
+        ("clients", clients, 1 <= clients < MOST, f"1 to {MOST - 1}"),
         ("alpha", alpha, alpha >= 0, "0 or more"),
         ("beta", beta, beta >= 0, "0 or more"),
         ("counts", counts, 1 <= least <= most, "(least, most), 1 <= least <= most"),
