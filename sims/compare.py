@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     start = time.perf_counter()
     with common.one_line_errors():
         config, options = common.parse("compare", argv)
+        hardware.make_devices(options.devices)  # some data are made with JAX
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}

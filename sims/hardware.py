@@ -90,16 +90,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def choose_devices(devices: int | None, cohort: int) -> int:
-    """How many devices the client axis is split over: `devices` if given, else all there are but no more than clients.
-
-    On a CPU it also makes that many host devices, which works only before JAX has started one.
+def make_devices(devices: int | None) -> None:
+    """On a CPU, as many host devices as asked for, or one per core; it works only before JAX has made an array.
 
     Raises:
-        ValueError: more devices than JAX can give, or fewer than one.
+        ValueError: fewer than one.
 
-    >>> choose_devices(1, cohort=20)
-    1
+    >>> make_devices(1)
     """
     import jax
 
@@ -109,6 +106,20 @@ def choose_devices(devices: int | None, cohort: int) -> int:
     if jax.config.values["jax_num_cpu_devices"] < wanted:  # -1 where nobody has set it
         with contextlib.suppress(RuntimeError):  # JAX runs already, in a test or a notebook: what is there is used
             jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def choose_devices(devices: int | None, cohort: int) -> int:
+    """How many devices the client axis is split over: `devices` if given, else all there are but no more than clients.
+
+    Raises:
+        ValueError: more devices than JAX can give, or fewer than one.
+
+    >>> choose_devices(1, cohort=20)
+    1
+    """
+    import jax
+
+    make_devices(devices)
     there = len(jax.devices())
     if devices is not None and devices > there:
         raise ValueError(f"devices is {devices}; allowed: 1 to {there} on this {jax.default_backend()}")

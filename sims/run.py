@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         config, options = common.parse("run", argv)
         name = options.method or next(iter(config.methods))
         method = config.methods[name]
+        hardware.make_devices(options.devices)  # some data are made with JAX
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(config, method, clients, layout)

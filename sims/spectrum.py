@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         method = config.methods[name]
         if method.algorithm not in ALGORITHMS:
             raise ValueError(f"method is {name!r}, {method.algorithm}; allowed: one that is {', '.join(ALGORITHMS)}")
+        hardware.make_devices(options.devices)  # some data are made with JAX
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(
