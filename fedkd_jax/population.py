@@ -19,6 +19,7 @@ from fedkd_jax.parallel import Layout, place
 from fedkd_jax.types import Algorithm, ClientState, FederatedData, Key, PyTree, ServerState, State
 
 CHUNK_BYTES = 2**26  # of host memory, taken at a time
+PAGE_BYTES = 4096
 CALL_BYTES = 2**30  # a system call moves 2 GiB at most
 
 
@@ -114,9 +115,10 @@ class Store:
         self._init = functools.partial(_init_clients, algorithm.init_clients, jax.random.split(key)[1])
         self.layout = algorithm.layout or Layout()
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-        self._ends = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
-        self._spans = [(start, start + size) for start, size in zip(self._ends, sizes, strict=False)]
-        self.row_bytes: int = self._ends[-1]
+        *starts, end = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
+        self._spans = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        # large rows are whole pages: a file is rewritten in half the time
+        self.row_bytes: int = -(-end // PAGE_BYTES) * PAGE_BYTES if end > 16 * PAGE_BYTES else end
 
     def __len__(self) -> int:
         """Number of clients that have a row."""

@@ -95,7 +95,7 @@ def made(key, ids):
     """States of many types, from key and id."""
     number = jax.random.uniform(key, ()) + ids.astype(jnp.float32)
     return ClientState(
-        teacher={"w": number[:, None, None] * jnp.ones((1, 2, 3)), "half": number[:, None].astype(jnp.bfloat16)},
+        teacher={"w": number[:, None, None] * jnp.ones((1, 20, 3)), "half": number[:, None].astype(jnp.bfloat16)},
         teacher_opt=(ids.astype(jnp.int32), jnp.zeros((len(ids), 0)), ids[:, None] % jnp.arange(1, 6)[None] > 0),
     )
 
@@ -109,11 +109,13 @@ MADE = Algorithm(init_server=lambda key: None, init_clients=made, round=lambda *
     asked=st.lists(st.integers(0, 9), min_size=4, max_size=4, unique=True),
     disk=st.booleans(),
     chunk=st.sampled_from([1, 100, 10_000]),
+    page=st.sampled_from([7, 4096]),
 )
-def test_a_store_is_a_dict_of_clients(tmp_path_factory, cohorts, asked, disk, chunk):
+def test_a_store_is_a_dict_of_clients(tmp_path_factory, cohorts, asked, disk, chunk, page):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedkd_jax.population.CHUNK_BYTES", chunk)
         patch.setattr("fedkd_jax.population.CALL_BYTES", chunk)
+        patch.setattr("fedkd_jax.population.PAGE_BYTES", page)
         store = DiskStore(tmp_path_factory.mktemp("states")) if disk else HostStore()
         store.open(MADE, KEY)
         oracle = {i: strategies.one(store.init(np.arange(10)), i) for i in range(10)}
@@ -148,7 +150,7 @@ def test_what_a_store_refuses(tmp_path):
     with pytest.raises(ValueError, match="store is given with a State"):
         run(FEDKD, 2, population=State(server=None, clients=store), store=HostStore())
     store.path.write_bytes(b"")
-    with pytest.raises(OSError, match=r"clients\.bin has 0 bytes; allowed: 192"):
+    with pytest.raises(OSError, match=r"clients\.bin has 0 bytes; allowed: 1056"):
         store.take(np.arange(2))
     with pytest.raises(TypeError, match="typed random keys"):
         HostStore().open(MADE._replace(init_clients=lambda key, ids: jax.random.split(key, len(ids))), KEY)
