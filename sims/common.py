@@ -25,7 +25,9 @@ from fedkd_jax.types import Algorithm, History
 
 FEW_CLIENTS = 8  # and tables have a column for each
 SEVERAL_CLIENTS = 1000  # and the last record holds each one's score
-SIGNIFICANCE = "95 % intervals over seeds; difference from the reference in points, and p of a paired t-test"
+SIGNIFICANCE = (
+    "95 % intervals over seeds; difference in points from the row it is tested against, and p of a paired t-test"
+)
 console = Console()
 if not console.is_terminal:
     console = Console(width=200)  # in a pipe or a log file rich assumes 80 columns and cuts tables
