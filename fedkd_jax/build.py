@@ -77,7 +77,7 @@ def build_data(config: Experiment) -> Clients:
         "recommendation": _recommendation,
         "characters": _characters,
     }[c.task]
-    clients = _synthetic(config) if c.name == "synthetic" else build(config)
+    clients = build(config)
     if config.cohort is not None and config.cohort > clients.size:
         raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {clients.size}")
     if c.eval_clients is None or clients.eval_ids is not None or c.eval_clients >= clients.size:
@@ -108,6 +108,8 @@ def _synthetic(config: Experiment) -> Clients:
 
 def _classification(config: Experiment) -> Clients:
     c = config.data
+    if c.synthetic:
+        return _synthetic(config)
     examples, _ = fd.load(
         c.name, data_dir=c.dir, split=c.split, test_split=None, download=c.download, natural=c.natural
     )

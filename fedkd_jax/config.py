@@ -66,6 +66,11 @@ class DataConfig:
     abstracts: bool = False  # of "recommendation": read titles and abstracts
     seed: int = 0  # of partition and split; the same for every method and seed of a comparison
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether clients are made when their turn comes."""
+        return self.task == "classification" and self.name == "synthetic"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -341,7 +346,7 @@ def _validate_data(config: Experiment) -> None:
     data = config.data
     for key in ("clients", "shards_per_client"):
         _check(getattr(data, key) >= 1, f"data.{key}", getattr(data, key), "at least 1")
-    fits = 0 < data.alpha < float("inf") or (data.name == "synthetic" and data.alpha == 0)
+    fits = 0 < data.alpha < float("inf") or (data.synthetic and data.alpha == 0)
     _check(fits, "data.alpha", data.alpha, "a number above 0, or 0 for synthetic")
     _check(0 <= data.beta < float("inf"), "data.beta", data.beta, "0 or more")
     fits = len(data.counts) == 2 and 1 <= data.counts[0] <= data.counts[1]
@@ -373,9 +378,9 @@ def _validate_data(config: Experiment) -> None:
         _check(data.name == "tiny_shakespeare", "data.name", data.name, "'tiny_shakespeare' for characters")
         allowed = "null for characters, which no tokenizer makes"
         _check(config.checkpoint is None, "checkpoint", config.checkpoint, allowed)
-    plain, synthetic = DataConfig(), data.name == "synthetic"
-    for key in _SYNTHETIC if not synthetic else _NOT_SYNTHETIC:
-        allowed = f"left out {'' if synthetic else 'but '}for synthetic"
+    plain = DataConfig()
+    for key in _NOT_SYNTHETIC if data.synthetic else _SYNTHETIC:
+        allowed = f"left out {'' if data.synthetic else 'but '}for synthetic"
         _check(getattr(data, key) == getattr(plain, key), f"data.{key}", getattr(data, key), allowed)
     for key, value in dataclasses.asdict(data).items():
         readers = _DATA_READERS.get(key, (data.task,))
@@ -395,7 +400,7 @@ def _validate_models(config: Experiment) -> None:
         model = getattr(config, name)
         text = model.kind == "transformer"
         _check(text or data.task == "classification", f"{name}.kind", model.kind, f"'transformer' for {data.task}")
-        _check(data.name != "synthetic" or model.kind == "mlp", f"{name}.kind", model.kind, "'mlp' for synthetic")
+        _check(not data.synthetic or model.kind == "mlp", f"{name}.kind", model.kind, "'mlp' for synthetic")
         _check(kinds[0] == kinds[1], f"{name}.kind", model.kind, "a transformer for both models or for none")
         for key in ("depth", "width", "heads", "inner", "positions"):
             _check(getattr(model, key) >= 1, f"{name}.{key}", getattr(model, key), "at least 1")

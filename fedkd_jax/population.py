@@ -6,9 +6,9 @@ population. A run has the same bits with any of them.
 """
 
 import functools
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -131,13 +131,13 @@ class Store:
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
         """Which of `ids [K]` have no row yet, `[K]` bool."""
-        return np.array([int(i) not in self._slots for i in ids], bool)
+        return np.array([i not in self._slots for i in ids.tolist()], bool)
 
     def read(self, ids: np.ndarray, there: np.ndarray) -> ClientState:
         """The rows of `ids [K]` as states `[K]` in NumPy, where `there [K]`; the others are not to be used."""
         leaves, tree = self._opened()
         rows = np.empty((len(ids), self.row_bytes), np.uint8)
-        slots = np.array([self._slots[int(i)] for i in ids[there]], np.int64)
+        slots = np.array([self._slots[i] for i in ids[there].tolist()], np.int64)
         self._read(rows, np.flatnonzero(there), slots)
         parts = [rows[:, a:b] for a, b in self._spans]
         shaped = [p.view(s.dtype).reshape(len(ids), *s.shape) for p, s in zip(parts, leaves, strict=True)]
@@ -150,11 +150,11 @@ class Store:
         for leaf, shape, (a, b) in zip(jax.tree.leaves(clients), leaves, self._spans, strict=True):
             if shape.size:
                 rows[:, a:b] = np.asarray(leaf, shape.dtype).reshape(len(ids), -1).view(np.uint8)
-        slots = dict(self._new_slots(ids))
-        self._write(rows, np.array([slots[int(i)] for i in ids], np.int64))
-        self._slots |= (
-            slots  # only now: a write that failed leaves no client with half a state that was not there before
+        new = dict(
+            zip((i for i in ids.tolist() if i not in self._slots), itertools.count(len(self._slots)), strict=False)
         )
+        self._write(rows, np.array([new[i] if i in new else self._slots[i] for i in ids.tolist()], np.int64))
+        self._slots |= new  # only now: where the write failed there is no client with half a state
 
     def init(self, ids: np.ndarray) -> ClientState:
         """The states `[K]` that `ids [K]` begin with, on the device."""
@@ -171,12 +171,6 @@ class Store:
 
     def close(self) -> None:
         """Lets go of what it holds open."""
-
-    def _new_slots(self, ids: np.ndarray) -> Iterator[tuple[int, int]]:
-        last = len(self._slots)
-        for i in map(int, ids):
-            yield i, self._slots.get(i, last)
-            last += i not in self._slots
 
     def _opened(self):
         if self._shapes is None:

@@ -193,13 +193,10 @@ def significance_rows(
     for (method, model), own in values.items():
         row = {"method": method, "model": model, f"{metric} %": f"{own.mean():.2f} ± {half_width(own):.2f}"}
         row |= {"against": "-", "difference": "-", "p": "-"}
-        against = next((row for row in known if best and row == (best[0], model) != (method, model)), best)
-        if (
-            against is not None
-            and against != (method, model)
-            and len(own) == len(values[against])
-            and np.isfinite(own).all()
-        ):
+        same = [row for row in known if best and row == (best[0], model) and row != (method, model)]
+        against = same[0] if same else best
+        fits = against not in (None, (method, model)) and np.isfinite(own).all()
+        if fits and against and len(own) == len(values[against]):
             difference = own - values[against]
             row |= {"against": labels[against], "difference": f"{difference.mean():+.2f}"}
             if np.ptp(difference) > 1e-9:  # the test divides by the differences' deviation

@@ -87,10 +87,7 @@ def simulate(
         test = test.take(np.asarray(eval_ids))
     init_key, run_key = jax.random.split(key)
     layout = algorithm.layout or Layout()
-    stored = store is not None or (isinstance(population, State) and isinstance(population.clients, Store))
-    if isinstance(data, ClientSource) and not stored:
-        raise ValueError("data is a ClientSource and the clients' states are on the device; allowed: with a store")
-    store, state = _begin(algorithm, population, clients, store, init_key)
+    store, state = _begin(algorithm, population, data, store, init_key)
     data, evaluate_fn = data if isinstance(data, ClientSource) else place_data(data, layout), None
     if test is not None:
         over = dict(data=place_data(test, layout), metrics=metrics, batch=eval_batch, ids=eval_ids)
@@ -123,29 +120,27 @@ def simulate(
 
 
 def _begin(
-    algorithm: Algorithm, population: int | State, clients: int, store: Store | None, key: Key
+    algorithm: Algorithm, population: int | State, data: FederatedData | ClientSource, store: Store | None, key: Key
 ) -> tuple[Store | None, State]:
     """Where clients' states are if not on the device, and the state to begin from."""
-    if isinstance(population, State):
-        if store is not None:
-            raise ValueError(
-                "store is given with a State to go on from; allowed: None, its clients stay where they are"
-            )
-        store = population.clients if isinstance(population.clients, Store) else None
-        if store is None:
-            return None, jax.tree.map(jnp.copy, population)
-        server = jax.tree.map(jnp.copy, population.server)
-        if store.round != int(server.round):
-            left = "was left within a run" if store.round is None else f"is at round {store.round}"
-            raise ValueError(
-                f"population is a State of round {server.round} whose store {left}; allowed: the newest State"
-            )
-    elif store is None:
-        return None, init_state(algorithm, clients, key)
-    elif len(store) or store.round != 0:
+    going_on = isinstance(population, State)
+    if going_on and store is not None:
+        raise ValueError("store is given with a State to go on from; allowed: None, its clients stay where they are")
+    if going_on and isinstance(population.clients, Store):
+        store = population.clients
+    if store is None:
+        if isinstance(data, ClientSource):
+            raise ValueError("data is a ClientSource and the clients' states are on the device; allowed: with a store")
+        own = jax.tree.map(jnp.copy, population) if going_on else init_state(algorithm, population_size(data), key)
+        return None, own
+    if not going_on and (len(store) or store.round != 0):
         raise ValueError(f"store holds {len(store)} clients; allowed: a new one, or a State to go on from")
-    else:
-        server = init_server(algorithm, key)
+    if going_on and store.round != int(population.server.round):
+        left = "was left within a run" if store.round is None else f"is at round {store.round}"
+        raise ValueError(
+            f"population is a State of round {population.server.round} whose store {left}; allowed: the newest"
+        )
+    server = jax.tree.map(jnp.copy, population.server) if going_on else init_server(algorithm, key)
     store.open(algorithm, key)
     return store, State(server=server, clients=store)
 

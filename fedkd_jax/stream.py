@@ -69,9 +69,9 @@ class Stream:
         self._draw = functools.partial(_draw_cohorts, clients=population_size(data), cohort=cohort)
         self._cohorts: dict[int, np.ndarray] = {}
         self._worker = ThreadPoolExecutor(1)
-        self._ahead: tuple[int, Future] | None = None
+        self._ahead: Future | None = None  # of the next cohort
         self._made: tuple[np.ndarray, ClientState] | None = None  # by the last round
-        self._writes: list[Future] = []
+        self._written: Future | None = None  # that
         # before jax 0.12, collectives of two programs in flight can wait for each other for ever
         self._one_at_a_time = store.layout.devices > 1
 
@@ -90,13 +90,12 @@ class Stream:
         first = int(server.round)
         for t in range(first, first + count):
             ids = self._ids(t)
-            clients, data = self._states(t, ids)
+            clients, data = self._states(ids)
             server, made, info = self._round(server, clients, data, jnp.asarray(ids), self.key)
             self._made = (ids, made)
-            if t + 1 < self.last:
-                self._ahead = (t + 1, self._worker.submit(self._fetch, self._ids(t + 1), ids))
-            self._writes = [write for write in self._writes if not write.done() or write.result()]
-            self._writes.append(self._worker.submit(self.store.write, ids, made))
+            self._ahead = self._worker.submit(self._fetch, self._ids(t + 1), ids) if t + 1 < self.last else None
+            self.flush()  # of the round before, which comes before that in the thread's order
+            self._written = self._worker.submit(self.store.write, ids, made)
             infos.append(info)
             if self._one_at_a_time:
                 jax.block_until_ready(server)
@@ -105,9 +104,8 @@ class Stream:
 
     def flush(self) -> None:
         """Waits until the store has all that rounds made."""
-        for write in self._writes:
-            write.result()
-        self._writes = []
+        if self._written is not None:
+            self._written.result()
 
     def flushed(self, fn: Callable[[State], Any]) -> Callable[[State], Any]:
         """`fn`, but of a store that has all that rounds made."""
@@ -135,12 +133,10 @@ class Stream:
                 raise ValueError(f"data.take gave {data.start.shape} clients for ids {ids.shape}; allowed: as many")
         return jax.block_until_ready((fresh, clients, data))
 
-    def _states(self, t: int, ids: np.ndarray) -> tuple[ClientState, FederatedData]:
-        """The states and the data of the cohort of round t."""
+    def _states(self, ids: np.ndarray) -> tuple[ClientState, FederatedData]:
+        """The states and the data of the next cohort."""
         last_ids, last = self._made or (np.zeros(0, np.int32), None)
-        if self._ahead is None or self._ahead[0] != t:
-            self._ahead = (t, self._worker.submit(self._fetch, ids, last_ids))
-        future = self._ahead[1]
+        future = self._ahead or self._worker.submit(self._fetch, ids, last_ids)
         if not future.done():
             jax.block_until_ready(last)
             start = time.perf_counter()

@@ -323,7 +323,7 @@ class State:
     """
 
     server: Any  # ServerState
-    clients: Any  # ClientState [N]
+    clients: Any  # ClientState [N], or the `Store` that they are in
 
 
 @record

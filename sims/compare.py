@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or clients.size))
     common.console.print(
-        f"{len(algorithms)} methods x {len(config.seeds)} seeds, {clients.size} clients, {config.rounds} rounds"
+        f"{len(algorithms)} methods x {len(config.seeds)} seeds, {clients.size:,} clients, {config.rounds} rounds"
         f" -> {folder}"
     )
     common.tell_remarks(folder, clients)
@@ -173,9 +173,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     common.write_table(folder, "table", rows)
     if len(config.seeds) > 1:
         known = [n for n, m in config.methods.items() if m.algorithm not in ("fedkd", "centralised")]
-        baselines = (
-            [config.baseline] if config.baseline else known or list(config.methods)[:1]
-        )  # of ablations, the first
+        known = known or list(config.methods)[:1]  # of ablations, the first
+        baselines = [config.baseline] if config.baseline else known
         sure = report.significance_rows(runs, scores[-1], baselines)
         common.write_table(folder, "significance", sure)
         common.console.print("", common.make_table(sure, f"{config.name}: {common.SIGNIFICANCE}"))

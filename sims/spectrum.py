@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         folder = common.run_folder(options, f"{config.name}-spectrum")
     common.write_config(folder, config)
     common.console.print(hardware.describe(layout, config.cohort or clients.size))
-    common.console.print(f"{name}: {clients.size} clients, {config.rounds} rounds -> {folder}")
+    common.console.print(f"{name}: {clients.size:,} clients, {config.rounds} rounds -> {folder}")
     common.tell_remarks(folder, clients)
 
     key, state = jax.random.key(config.seeds[0]), clients.size

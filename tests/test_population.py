@@ -1,6 +1,9 @@
 """Laws of `fedkd_jax.population` and `fedkd_jax.stream`: where states live changes no bit; space follows who was sampled."""
 
+import collections
 import functools
+import math
+import re
 
 import chex
 import jax
@@ -11,7 +14,7 @@ import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd_jax import ClientState, DiskStore, HostStore, Layout, State, client_mesh, evaluate, simulate
+from fedkd_jax import ClientState, DiskStore, HostStore, Layout, State, client_mesh, evaluate, simulate, take
 from fedkd_jax.data import from_arrays
 from fedkd_jax.population import init_server, place_clients, place_data
 from fedkd_jax.stream import _one_round
@@ -76,16 +79,27 @@ def test_a_run_goes_on_from_its_store_and_some_clients_are_evaluated():
     )
 
 
+def told(compiled) -> dict[str, int]:
+    """`{collective: numbers it moves}`, in a compiled program."""
+    sizes = collections.Counter()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text()):
+        sizes[kind] += sum(
+            math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", shapes)
+        )
+    return dict(sizes)
+
+
 def test_over_devices_a_round_adds_up_and_gathers_no_states(eight_devices):
-    """What devices tell each other, in the compiled program: sums."""
-    own, layout = algorithm(FEDKD, 2), Layout(mesh=client_mesh(2))
-    ids = np.arange(4)
-    clients = place_clients(jax.device_get(own.init_clients(KEY, ids)), layout)
-    state = (init_server(own, KEY), clients, place_data(DATA, layout), jnp.asarray(ids), KEY)
-    text = _one_round.lower(*state, round_fn=own.round).compile().as_text()
-    assert "all-reduce" in text
-    for other in ("all-gather", "all-to-all", "collective-permute"):
-        assert other not in text
+    """What devices tell each other, in the compiled program: the weighted sum of the updates, and of the weights."""
+    own, layout = algorithm("fedkd, optimiser kept", 2), Layout(mesh=client_mesh(2))
+    clients = place_clients(jax.device_get(own.init_clients(KEY, np.arange(4))), layout)
+    server = init_server(own, KEY)
+    state = (server, clients, place_data(DATA, layout), jnp.arange(4), KEY)
+    numbers = sum(x.size for x in jax.tree.leaves(server.params))
+    assert told(_one_round.lower(*state, round_fn=own.round).compile()) == {"all-reduce": numbers + 1}
+    # out of states that are split over the devices, a cohort's are not to be had without
+    assert sum(told(jax.jit(take).lower(clients, jnp.array([3, 0])).compile()).values()) > 2 * numbers
 
 
 # ---- stores alone ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedkd_jax.cohort import client_key
+from fedkd_jax.parallel import map_clients
 from fedkd_jax.types import ClientSource, FederatedData, Number, PyTree
 
 MOST = 2**31 - 2  # ids are int32, and the last ones are not clients': see `rounds` and `cohort`
@@ -135,7 +136,7 @@ def synthetic(
 
     @jax.jit
     def make(ids):
-        x, y, count = jax.vmap(one)(ids)
+        (x, y, count), _ = map_clients(lambda i: (one(i), ()), (ids,))
         return x.reshape(-1, features), y.reshape(-1), count
 
     def take(ids: np.ndarray) -> FederatedData:
