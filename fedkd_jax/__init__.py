@@ -18,6 +18,7 @@ from fedkd_jax.types import (
     RoundInfo,
     ServerState,
     State,
+    Turn,
 )
 from fedkd_jax.losses import (
     cross_entropy,
@@ -54,8 +55,9 @@ from fedkd_jax.codecs import (
 from fedkd_jax.local import local_steps
 from fedkd_jax.aggregate import example_weight, uniform_weight
 from fedkd_jax.cohort import client_key, put, sample_cohort, take
+from fedkd_jax.participation import Participation, available_by, available_with, unreliable
 from fedkd_jax.parallel import Layout, client_mesh, map_clients
-from fedkd_jax.rounds import federated_round
+from fedkd_jax.rounds import Round, federated_round
 from fedkd_jax.algorithms import (
     centralised,
     fedavg,

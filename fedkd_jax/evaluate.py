@@ -1,6 +1,5 @@
 """Evaluation of every model an algorithm predicts with: on each client's own test examples, and on all of them together."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedkd_jax.cohort import take
-from fedkd_jax.data import take_clients
+from fedkd_jax.data import client_parts, join_parts, take_clients
 from fedkd_jax.local import gather_batch
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, accuracy, as_metric
 from fedkd_jax.models import Predictor
-from fedkd_jax.parallel import Layout, map_clients
+from fedkd_jax.parallel import Layout, known_to_all, map_clients
 from fedkd_jax.population import Store
 from fedkd_jax.types import Algorithm, FederatedData, Leaf, Predict, PyTree, State
 
@@ -72,15 +71,15 @@ def evaluate(
         if ids is not None:
             state = State(server=state.server, clients=_take(state.clients, jnp.asarray(ids)))
         return values(_counts(state, data, **options))
-    store, rows, counts = state.clients, np.arange(len(data.start)), []
-    ids = rows if ids is None else ids
-    size = min(len(rows), max(1, GROUP_BYTES // max(store.row_bytes, 1)))
-    for first in range(0, len(rows), size):
-        group = np.minimum(first + np.arange(size), rows[-1])  # the last is filled up, so that all have one shape
-        some = State(server=state.server, clients=store.take(np.asarray(ids)[group]))
-        of_group = jax.device_get(_counts(some, take_clients(data, group), **options))
-        counts.append(jax.tree.map(lambda x: x[: len(rows) - first], of_group))  # noqa: B023
-    return values(jax.tree.map(lambda *x: np.concatenate(x), *counts))
+    store, of_rows, counts = state.clients, [], []
+    ids = np.arange(len(data.start)) if ids is None else np.asarray(ids)
+    for rows, own, valid in store.groups(ids, GROUP_BYTES):
+        some = State(server=state.server, clients=store.take(own))
+        of_group = jax.device_get(_counts(some, _take_data(data, rows), **options))
+        counts.append(jax.tree.map(lambda x: x[valid], of_group))  # noqa: B023
+        of_rows.append(rows[valid])
+    order = np.argsort(np.concatenate(of_rows))
+    return values(jax.tree.map(lambda *x: np.concatenate(x)[order], *counts))
 
 
 def evaluate_seeds(
@@ -150,7 +149,7 @@ def _plan(algorithm: Algorithm, data: FederatedData, metrics: Mapping[str, AnyMe
     return options, values
 
 
-_take = jax.jit(take)
+_take, _take_data = jax.jit(take), jax.jit(take_clients)
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "layout", "fns", "batch"))
@@ -158,8 +157,8 @@ def _counts(state, data, *, predict, layout, fns, batch):
     """Of each model, what each of `fns` counts, `[N]`."""
     size = -(-data.max_count // batch) * batch
 
-    def one_client(client, start, count, server, data):
-        own = dataclasses.replace(data, start=start, count=count)
+    def one_client(client, own, server, shared):
+        own = join_parts(own, shared)
         scorers = [_scorer(f, server, client, own) for f in predict]
 
         def of_batch(i):
@@ -171,11 +170,12 @@ def _counts(state, data, *, predict, layout, fns, batch):
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_batch, 0))
         add = lambda i, sums: jax.tree.map(jnp.add, sums, of_batch(i))  # noqa: E731
-        return jax.lax.fori_loop(0, (count + batch - 1) // batch, add, zeros), ()
+        return jax.lax.fori_loop(0, (own.count + batch - 1) // batch, add, zeros), ()
 
     clients = jax.tree.map(lambda x: x[: data.start.shape[0]], state.clients)
-    out, _ = map_clients(one_client, (clients, data.start, data.count), (state.server, data), layout=layout)
-    return out
+    own, shared = client_parts(data)
+    out, _ = map_clients(one_client, (clients, own), (state.server, shared), layout=layout)
+    return known_to_all(out, layout)
 
 
 @functools.partial(jax.jit, static_argnames=("seeds", "predict", "layout", "fns", "batch"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from fedkd_jax.types import Array, Batch, FederatedData, Key, PyTree
+from fedkd_jax.types import Array, Batch, FederatedData, Key, Leaf, PyTree
 
 StepFn = Callable[[Any, Batch, Key], tuple[Any, PyTree]]
 
@@ -64,15 +64,20 @@ def gather_batch(data: FederatedData, order: Int[Array, "n"], step: Int[Array, "
 
 
 def count_steps(
-    count: Int[Array, ""] | int, *, batch: int, epochs: int = 1, steps: int | None = None
+    count: Int[Array, ""] | int, work: Leaf = (), *, batch: int, epochs: int = 1, steps: int | None = None
 ) -> Int[jax.Array, ""]:
-    """How many local steps a client with so many examples makes: `epochs` of ceil(count / batch), or `steps` if it has any.
+    """How many local steps a client with so many examples makes: `epochs` of ceil(count / batch), or `steps` if it has any;
+    of these the share `work`, rounded up.
 
     >>> [int(count_steps(n, batch=4, epochs=2)) for n in (0, 3, 9)], int(count_steps(9, batch=4, steps=5))
     ([0, 2, 6], 5)
+    >>> [int(count_steps(9, share, batch=4, epochs=2)) for share in (0.0, 0.1, 0.5, 1.0)]
+    [0, 1, 3, 6]
     """
     count = jnp.asarray(count, jnp.int32)
-    return epochs * ((count + batch - 1) // batch) if steps is None else jnp.where(count > 0, steps, 0)
+    whole = epochs * ((count + batch - 1) // batch) if steps is None else jnp.where(count > 0, steps, 0)
+    # less by a little, or 0.3 of ten steps, which is more than 3 in float32, would be four
+    return whole if isinstance(work, tuple) else jnp.ceil(whole * work * (1 - 1e-6)).astype(jnp.int32)
 
 
 def local_steps(
@@ -88,7 +93,8 @@ def local_steps(
     """Runs `carry, terms = step_fn(carry, batch, key)` over one client's mini-batches.
 
     Epochs are permutations without replacement; the last batch of an epoch is padded and masked. The number of steps
-    follows the client's own count, so no step is ever all padding, and a client without examples makes none.
+    follows the client's own count, so no step is ever all padding, and a client without examples makes none. Of these a
+    client makes the share `data.work`.
 
     Args:
         step_fn: one step; `terms` is a PyTree of float scalars.
@@ -114,7 +120,7 @@ def local_steps(
     rows = size if steps is None else min(size, steps * batch)
     count = jnp.asarray(data.count, jnp.int32)
     per_epoch = count_steps(count, batch=batch)
-    total = count_steps(count, batch=batch, epochs=epochs, steps=steps)
+    total = count_steps(count, data.work, batch=batch, epochs=epochs, steps=steps)
     order_key, step_key = jax.random.split(key)
     if rows >= data.max_count:
         data = own_rows(data)  # a gather out of a small array is cheaper

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedkd_jax.types import PyTree
@@ -63,6 +64,25 @@ class Layout:
         most = min(most, per_device)
         chunk = min(range(most, most // 2, -1), key=lambda c: -(-per_device // c) * c)
         return -(-per_device // chunk), chunk
+
+    def own(self, clients: int) -> slice:
+        """Which places of a cohort the devices of this process have: all of them, but of several processes.
+
+        Raises:
+            ValueError: several processes, and a cohort that does not split evenly over the devices.
+
+        >>> Layout().own(5)
+        slice(0, 5, None)
+        """
+        if self.mesh is None or jax.process_count() == 1:
+            return slice(0, clients)
+        if clients % self.devices:
+            raise ValueError(
+                f"a cohort of {clients} is on several machines; allowed: multiples of {self.devices} devices"
+            )
+        each = clients // self.devices
+        mine = [i for i, d in enumerate(self.mesh.devices.flat) if d.process_index == jax.process_index()]
+        return slice(mine[0] * each, (mine[-1] + 1) * each)
 
     def sharding(self, *spec: str | None) -> NamedSharding | None:
         """The sharding of an array: `sharding("clients")` splits the first axis, `sharding()` replicates."""
@@ -178,4 +198,58 @@ def place(tree: Any, layout: Layout, *spec: str | None) -> Any:
     [0, 1, 2]
     """
     sharding = layout.sharding(*spec)
+    if sharding is not None and jax.process_count() > 1:
+        return jax.tree.map(lambda x: _place_everywhere(x, sharding), tree)
     return jax.device_put(tree) if sharding is None else jax.device_put(tree, sharding)
+
+
+def _place_everywhere(x, sharding: NamedSharding):
+    """An array that every process has, over the devices of all; `device_put` does not take random keys there."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda y: y, out_shardings=sharding)(x)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _place_everywhere(jax.random.key_data(x), sharding)
+        return jax.jit(lambda d: jax.random.wrap_key_data(d, impl=jax.random.key_impl(x)))(data)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def place_rows(tree: Any, layout: Layout) -> Any:
+    """A cohort's rows `[K, ...]` on the layout's devices, split over them if they can be; of several processes each gives its
+    own, `layout.own(K)`.
+
+    >>> place_rows({"w": np.zeros((3, 2))}, Layout())["w"].shape
+    (3, 2)
+    """
+    sharding = layout.sharding(AXIS)
+    if sharding is not None and jax.process_count() > 1:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    leaves = jax.tree.leaves(tree)
+    even = not leaves or leaves[0].shape[0] % layout.devices == 0
+    return place(tree, layout, *([AXIS] if even else []))
+
+
+def local_rows(tree: Any) -> Any:
+    """What `place_rows` was given, in NumPy.
+
+    >>> local_rows(place_rows({"w": np.zeros((3, 2))}, Layout()))["w"].shape
+    (3, 2)
+    """
+
+    def rows(x):
+        if jax.process_count() == 1 or x.is_fully_addressable:
+            return np.asarray(x)
+        shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start)
+        return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+    return jax.tree.map(rows, tree)
+
+
+def known_to_all(tree: Any, layout: Layout) -> Any:
+    """Within a compiled program: every process is to have all of it; nothing to do where there is one.
+
+    >>> known_to_all(jnp.arange(3), Layout()).tolist()
+    [0, 1, 2]
+    """
+    several = layout.mesh is not None and jax.process_count() > 1
+    return jax.lax.with_sharding_constraint(tree, layout.sharding()) if several else tree

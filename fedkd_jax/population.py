@@ -9,13 +9,14 @@ import functools
 import itertools
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedkd_jax.parallel import Layout, place
+from fedkd_jax.parallel import Layout, place, place_rows
 from fedkd_jax.types import Algorithm, ClientState, FederatedData, Key, PyTree, ServerState, State
 
 CHUNK_BYTES = 2**26  # of host memory, taken at a time
@@ -83,7 +84,7 @@ class Store:
     """Client states outside the device: `HostStore` and `DiskStore` are the ones to use, see there for an example.
 
     A client that has taken part has a slot, a row of `row_bytes` bytes which holds the leaves of its state one after another.
-    A subclass reads and writes rows by slot.
+    A subclass reads and writes rows by slot. Of several processes each has a store, with the rows of its own range of ids.
 
     >>> len(HostStore())
     0
@@ -91,13 +92,15 @@ class Store:
 
     def __init__(self):
         self._slots: dict[int, int] = {}
+        self._elsewhere: set[int] = set()  # clients whose rows other processes have
         self._shapes: tuple[list[jax.ShapeDtypeStruct], Any] | None = None
         self._key: np.ndarray | None = None
         self.round: int | None = 0  # rounds done by those who are kept; None while some are under way
         self.waited = 0.0  # seconds that rounds waited for states, in all
 
-    def open(self, algorithm: Algorithm, key: Key) -> None:
-        """Says whose states these are: `key` is that of `init_state`. `simulate` calls it.
+    def open(self, algorithm: Algorithm, key: Key, population: int | None = None) -> None:
+        """Says whose states these are: `key` is that of `init_state`; how many clients there are matters to several processes
+        only. `simulate` calls it.
 
         Raises:
             ValueError: the store was opened with states of other shapes, or with another key.
@@ -111,9 +114,10 @@ class Store:
             raise ValueError("store is of another run's clients; allowed: the key it was opened with")
         if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
             raise TypeError("client states hold typed random keys; allowed: arrays of numbers")
-        self._shapes, self._key = (leaves, tree), np.asarray(jax.random.key_data(key))
-        self._init = functools.partial(_init_clients, algorithm.init_clients, jax.random.split(key)[1])
+        self._shapes, self._key, self._population = (leaves, tree), np.asarray(jax.random.key_data(key)), population
         self.layout = algorithm.layout or Layout()
+        init_key = place(jax.random.split(key)[1], self.layout)
+        self._init = functools.partial(_init_clients, algorithm.init_clients, init_key)
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
         *starts, end = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
         self._spans = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
@@ -130,8 +134,12 @@ class Store:
         return len(self) * self.row_bytes
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
-        """Which of `ids [K]` have no row yet, `[K]` bool."""
-        return np.array([i not in self._slots for i in ids.tolist()], bool)
+        """Which of `ids [K]` have no row yet, here or in another process, `[K]` bool."""
+        return np.array([i not in self._slots and i not in self._elsewhere for i in ids.tolist()], bool)
+
+    def note(self, ids: np.ndarray) -> None:
+        """That these clients have a row, in another process if not here."""
+        self._elsewhere.update(i for i in ids.tolist() if i not in self._slots)
 
     def read(self, ids: np.ndarray, there: np.ndarray) -> ClientState:
         """The rows of `ids [K]` as states `[K]` in NumPy, where `there [K]`; the others are not to be used."""
@@ -149,7 +157,7 @@ class Store:
         rows = np.empty((len(ids), self.row_bytes), np.uint8)
         for leaf, shape, (a, b) in zip(jax.tree.leaves(clients), leaves, self._spans, strict=True):
             if shape.size:
-                rows[:, a:b] = np.asarray(leaf, shape.dtype).reshape(len(ids), -1).view(np.uint8)
+                rows[:, a:b] = np.asarray(leaf, shape.dtype).reshape(len(ids), shape.size).view(np.uint8)
         new = dict(
             zip((i for i in ids.tolist() if i not in self._slots), itertools.count(len(self._slots)), strict=False)
         )
@@ -159,15 +167,38 @@ class Store:
     def init(self, ids: np.ndarray) -> ClientState:
         """The states `[K]` that `ids [K]` begin with, on the device."""
         self._opened()
-        return self._init(jnp.asarray(ids, jnp.int32))
+        return self._init(np.asarray(ids, np.int32))
 
     def take(self, ids: np.ndarray) -> ClientState:
-        """The states `[K]` of `ids [K]`, on the device, whether they have taken part or not."""
-        fresh = self.missing(ids)
+        """The states `[K]` of `ids [K]`, on the device, whether they have taken part or not.
+
+        Of several processes all ask for the same ids, in the places of each (`Layout.own`) its own.
+        """
+        self._opened()
+        fresh, own = self.missing(ids), self.layout.own(len(ids))
         if fresh.all():
             return self.init(ids)
-        clients = place_clients(self.read(ids, ~fresh), self.layout)
+        clients = place_rows(self.read(ids[own], ~fresh[own]), self.layout)
         return select_clients(fresh, self.init(ids), clients) if fresh.any() else clients
+
+    def groups(self, ids: np.ndarray, nbytes: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`(rows, ids[rows], valid)` of groups of one size, of states of at most so many bytes, for `take`; filled up where not
+        valid."""
+        self._opened()
+        processes = jax.process_count() if self.layout.mesh is not None else 1
+        size = min(len(ids), max(1, nbytes // max(self.row_bytes, 1)))
+        share = 1 if processes == 1 else (self._population or 0) // processes  # ids of a process
+        each = size if processes == 1 else -(-size // self.layout.devices) * self.layout.devices // processes
+        own = [np.arange(len(ids)) if processes == 1 else np.flatnonzero(ids // share == p) for p in range(processes)]
+        for first in range(0, max(map(len, own)), each):
+            places = [(rows[first : first + each], p) for p, rows in enumerate(own)]
+            rows, who, valid = np.zeros((3, processes, each), np.int64)
+            for some, p in places:
+                n = len(some)
+                rows[p, :n], valid[p, :n] = some, 1
+                rows[p, n:] = some[-1] if n else 0
+                who[p] = ids[rows[p]] if n else p * share
+            yield rows.reshape(-1), who.reshape(-1), valid.reshape(-1).astype(bool)
 
     def close(self) -> None:
         """Lets go of what it holds open."""
@@ -277,17 +308,6 @@ class DiskStore(Store):
             while len(left):
                 done = os.pwrite(self._file, left, at)
                 left, at = left[done:], at + done
-
-
-def place_clients(clients: PyTree, layout: Layout) -> PyTree:
-    """A cohort's states `[K]` on the layout's devices, split over them if they can be.
-
-    >>> place_clients({"w": np.zeros((3, 2))}, Layout())["w"].shape
-    (3, 2)
-    """
-    leaves = jax.tree.leaves(clients)
-    even = not leaves or leaves[0].shape[0] % layout.devices == 0
-    return place(clients, layout, *(["clients"] if even else []))
 
 
 @functools.partial(jax.jit, donate_argnames=("other",))

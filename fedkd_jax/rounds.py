@@ -14,10 +14,65 @@ from jaxtyping import Int
 from fedkd_jax.aggregate import all_finite, example_weight, weighted_mean, weighted_sum
 from fedkd_jax.codecs import encode, identity_codec
 from fedkd_jax.cohort import client_key
+from fedkd_jax.data import client_parts, join_parts
 from fedkd_jax.parallel import Layout, map_clients
-from fedkd_jax.types import Array, ClientState, Codec, FederatedData, Key, LocalResult, RoundInfo, ServerState
+from fedkd_jax.types import (
+    Array,
+    ClientState,
+    Codec,
+    FederatedData,
+    Key,
+    Leaf,
+    LocalResult,
+    LossTerms,
+    PyTree,
+    RoundInfo,
+    ServerState,
+    Turn,
+    record,
+)
 
 LocalFn = Callable[[ServerState, ClientState, FederatedData, Key], LocalResult]
+
+
+@record
+class Report:
+    """What the server learns of a client beside its message.
+
+    >>> [field.name for field in dataclasses.fields(Report)]
+    ['terms', 'nbytes', 'floats', 'ranks', 'finite', 'weight']
+    """
+
+    terms: LossTerms
+    nbytes: Leaf  # [] int32, of the message, whether it gets there or not
+    floats: Leaf  # [] int32
+    ranks: dict[str, Leaf]
+    finite: Leaf  # [] bool
+    weight: Leaf  # [], 0 where the message is not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """`round(server, clients [K], data [K], ids [K], key, turn [K]) -> (server, clients [K], info)`, in two parts, so that the
+    clients of a cohort may be trained in groups, one after the other.
+
+    `train(server, clients [k], data [k], ids [k], key, turn [k]) -> (clients [k], reports [k], summed)` is what clients do, and
+    the sum of what they send; sums of groups are added up leaf by leaf. `finish(server, reports [K], summed, ids [K], key,
+    turn [K]) -> (server, info)` is what the server does then.
+
+    >>> halves = Round(train=lambda server, clients, data, ids, key, turn: (clients, (), ids.sum()),
+    ...                finish=lambda server, reports, summed, ids, key, turn: (server + summed, ids))
+    >>> [int(x) for x in halves(1, 0, None, jnp.array([2, 3]), None)[:2]]
+    [6, 0]
+    """
+
+    train: Callable[..., tuple[ClientState, Report, PyTree]]
+    finish: Callable[..., tuple[ServerState, RoundInfo]]
+
+    def __call__(self, server, clients, data, ids, key, turn: Turn | None = None):
+        clients, reports, summed = self.train(server, clients, data, ids, key, turn)
+        server, info = self.finish(server, reports, summed, ids, key, turn)
+        return server, clients, info
 
 
 def federated_round(
@@ -29,8 +84,8 @@ def federated_round(
     server_optimizer: optax.GradientTransformation | None = None,
     message: str = "update",
     layout: Layout | None = None,
-) -> Callable[..., tuple[ServerState, ClientState, RoundInfo]]:
-    """Builds `round(server, clients [K], data [K], ids [K], key) -> (server, clients [K], info)`.
+) -> Round:
+    """Builds `round(server, clients [K], data [K], ids [K], key, turn [K] | None) -> (server, clients [K], info)`.
 
     1. `local_fn(server, client, data, key) -> LocalResult` for every client, with the key of that client and round.
     2. The client's message is encoded; its cost is counted.
@@ -39,6 +94,10 @@ def federated_round(
 
     `key` is the run's key, the same in every round: `server.round` and the ids are folded in here. Clients outside the
     cohort are taken to hold the newest shared model when their turn comes; only the cohort is charged for downlink.
+
+    Where a `turn` says that a client's message does not count, it has weight zero. What the client has learned stays with it;
+    what belongs to the message, its codec's state and SCAFFOLD's control variate, is as if it had not been sent. It is charged
+    for uplink if it sends, be it too late, and for downlink. Who is not present costs nothing and stays as he is.
 
     Args:
         local_fn: what one client does.
@@ -68,34 +127,58 @@ def federated_round(
     uplink, downlink = uplink or identity_codec(), downlink or identity_codec()
     server_optimizer = server_optimizer or optax.sgd(1.0)
 
-    def one_client(client, start, count, client_id, server, data, key):
+    def one_client(client: ClientState, own, client_id, turn: Turn | None, server: ServerState, shared, key):
         local_key, codec_key = jax.random.split(client_key(key, server.round, client_id))
-        result = local_fn(server, client, dataclasses.replace(data, start=start, count=count), local_key)
+        data = join_parts(own, shared)
+        result = local_fn(server, client, data, local_key)
         payload, codec_state = encode(uplink, result.message, server.round, codec_key, client.codec)
         new = dataclasses.replace(result.client, codec=codec_state)
         # what the server adds up: messages, or what they decode to
         sent = uplink.decode(payload) if uplink.decode_sum is None else payload
         finite = all_finite((result.message, sent, new))
-        weight = jnp.where(finite, weight_fn(count), 0.0)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, client)
-        report = (result.terms, payload.nbytes, payload.floats, payload.ranks, finite, weight)
+        counted = finite if turn is None else finite & turn.sends & turn.counted
+        weight = jnp.where(counted, weight_fn(data.count), 0.0)
+        kept = _where(finite if turn is None else finite & turn.present, new, client)
+        if turn is not None:
+            kept = dataclasses.replace(
+                kept,
+                codec=_where(counted, kept.codec, client.codec),
+                control=_where(counted, kept.control, client.control),
+            )
+        report = Report(
+            terms=result.terms,
+            nbytes=payload.nbytes,
+            floats=payload.floats,
+            ranks=payload.ranks,
+            finite=finite,
+            weight=weight,
+        )
         return (kept, report), (sent, weight)
 
     def add_up(sent, weights):
         return (uplink.decode_sum or weighted_sum)(sent, weights), weights.sum()
 
-    def round(
-        server: ServerState, clients: ClientState, data: FederatedData, ids: Int[Array, "k"], key: Key
-    ) -> tuple[ServerState, ClientState, RoundInfo]:
-        (clients, report), summed = map_clients(
+    def train(
+        server: ServerState,
+        clients: ClientState,
+        data: FederatedData,
+        ids: Int[Array, "k"],
+        key: Key,
+        turn: Turn | None = None,
+    ) -> tuple[ClientState, Report, PyTree]:
+        own, shared = client_parts(data if turn is None else dataclasses.replace(data, work=turn.work))
+        (clients, reports), summed = map_clients(
             one_client,
-            (clients, data.start, data.count, ids),
-            (server, data, key),
+            (clients, own, ids, turn),
+            (server, shared, key),
             layout=layout,
             sum_fn=lambda summands: add_up(*summands),
         )
-        terms, uplink_bytes, uplink_floats, ranks, finite, weight = report
+        return clients, reports, summed
 
+    def finish(
+        server: ServerState, reports: Report, summed: PyTree, ids: Int[Array, "k"], key: Key, turn: Turn | None = None
+    ) -> tuple[ServerState, RoundInfo]:
         # the server's own stream: no client has this id
         server_key = client_key(key, server.round, 2**31 - 2)
         payload, codec_state = encode(downlink, weighted_mean(summed), server.round, server_key, server.codec)
@@ -109,17 +192,23 @@ def federated_round(
             round=server.round + 1,
             codec=codec_state,
         )
+        up, down = (jnp.ones(ids.shape, jnp.int32),) * 2 if turn is None else (turn.sends, turn.present)
         info = RoundInfo(
             ids=ids,
-            terms=terms,
-            uplink_bytes=uplink_bytes,
-            downlink_bytes=jnp.broadcast_to(payload.nbytes, ids.shape),
-            uplink_floats=uplink_floats,
-            downlink_floats=jnp.broadcast_to(payload.floats, ids.shape),
-            finite=finite,
-            weight=weight,
-            ranks=ranks,
+            terms=reports.terms,
+            uplink_bytes=reports.nbytes * up,
+            downlink_bytes=payload.nbytes * down,
+            uplink_floats=reports.floats * up,
+            downlink_floats=payload.floats * down,
+            finite=reports.finite,
+            weight=reports.weight,
+            ranks=reports.ranks,
+            turn=() if turn is None else turn,
         )
-        return server, clients, info
+        return server, info
 
-    return round
+    return Round(train, finish)
+
+
+def _where(which, one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(which, x, y), one, other)

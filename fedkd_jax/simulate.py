@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedkd_jax.cohort import put, sample_cohort, take
+from fedkd_jax.cohort import put, take
 from fedkd_jax.data import population_size, take_clients
 from fedkd_jax.evaluate import METRICS, evaluate, evaluate_seeds
 from fedkd_jax.metrics import AnyMetric
 from fedkd_jax.parallel import Layout, map_clients, place
+from fedkd_jax.participation import Participation
 from fedkd_jax.population import Store, init_server, init_state, place_data
 from fedkd_jax.stream import Stream
 from fedkd_jax.types import Algorithm, ClientSource, FederatedData, History, Key, RoundInfo, State
@@ -40,8 +41,10 @@ def simulate(
     on_rounds: Callable[[int, RoundInfo], None] | None = None,
     on_evaluation: Callable[[History], None] | None = None,
     store: Store | None = None,
+    group: int | None = None,
+    participation: Participation | None = None,
 ) -> tuple[State, History]:
-    """Runs `rounds` rounds, each on a fresh uniform cohort.
+    """Runs `rounds` rounds, each on a fresh cohort, a uniform one unless `participation` says otherwise.
 
     The rounds between two evaluations are one compiled loop (cut at about a second each where `on_rounds` wants to show
     progress), whose bound is not static: one trace however they fall. Randomness depends on `key`, the round number and
@@ -64,6 +67,9 @@ def simulate(
         on_evaluation: called after each evaluation with the history so far.
         store: where the clients' states are to be, an empty `HostStore` or `DiskStore`; by default on the device, all N. The
             bits are the same. The state's `clients` is then the store, and its `waited` how many seconds rounds waited for it.
+        group: of states in a store, at most so many clients are on the devices at a time, where a cohort's do not fit; while
+            they train, so many more are read, and so many written. The result is the same, but for the order of a sum.
+        participation: who is there, and what becomes of them.
 
     Returns:
         The state, and the history: `rounds` a RoundInfo `[R, K]` in NumPy, `evaluations` a tuple of `evaluate`'s dicts, each
@@ -71,7 +77,8 @@ def simulate(
 
     Raises:
         ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's, a store that
-            is not empty, `eval_ids` that are not the test's or not in 0..N-1.
+            is not empty, `eval_ids` that are not the test's or not in 0..N-1, a `group` below 1 or without a store, a
+            participation that does not suit the numbers of clients.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -86,8 +93,13 @@ def simulate(
     if isinstance(test, ClientSource):
         test = test.take(np.asarray(eval_ids))
     init_key, run_key = jax.random.split(key)
-    layout = algorithm.layout or Layout()
+    layout, participation = algorithm.layout or Layout(), participation or Participation()
+    participation.check(clients, cohort or clients)
     store, state = _begin(algorithm, population, data, store, init_key)
+    if group is not None and (group < 1 or store is None):
+        raise ValueError(
+            f"group is {group} {'without' if store is None else 'with'} a store; allowed: None, or 1 and more with one"
+        )
     data, evaluate_fn = data if isinstance(data, ClientSource) else place_data(data, layout), None
     if test is not None:
         over = dict(data=place_data(test, layout), metrics=metrics, batch=eval_batch, ids=eval_ids)
@@ -104,11 +116,14 @@ def simulate(
     )
     if store is not None:
         store.round = None
-        with Stream(algorithm, store, data, run_key, cohort=cohort or clients, last=first + rounds) as stream:
+        more: dict[str, Any] = dict(
+            cohort=cohort or clients, last=first + rounds, participation=participation, group=group
+        )
+        with Stream(algorithm, store, data, run_key, **more) as stream:
             state, (history,) = loop(stream.run, None if evaluate_fn is None else stream.flushed(evaluate_fn))
         store.round = first + rounds
         return state, history
-    options = _options(algorithm, cohort or clients, rounds, eval_every)
+    options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
 
     def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
         state, info = _run_rounds(state, data, run_key, jnp.int32(count), **options)
@@ -141,7 +156,7 @@ def _begin(
             f"population is a State of round {population.server.round} whose store {left}; allowed: the newest"
         )
     server = jax.tree.map(jnp.copy, population.server) if going_on else init_server(algorithm, key)
-    store.open(algorithm, key)
+    store.open(algorithm, key, population_size(data))
     return store, State(server=server, clients=store)
 
 
@@ -208,7 +223,7 @@ def simulate_seeds(
     if test is not None:
         over = functools.partial(evaluate_seeds, data=place_data(test, layout), metrics=metrics, batch=eval_batch)
         evaluate_fn = lambda s: over(algorithm, s, layout=layout)[:seeds]  # noqa: E731
-    options = _options(algorithm, cohort or clients, rounds, eval_every)
+    options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
 
     def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
         # under vmap, bounds that differ would have all that a round writes written again
@@ -307,17 +322,29 @@ def _histories(infos: list[list[RoundInfo]], evaluations: list[list[dict]]) -> l
     return [History(rounds=r, evaluations=e) for r, e in zip(rounds, of_seeds, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("round_fn", "cohort", "length", "layout"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("round_fn", "cohort", "length", "layout", "participation"), donate_argnames=("state",)
+)
 def _run_rounds(
-    state: State, data: FederatedData, key: Key, rounds, *, round_fn, cohort: int, length: int, layout: Layout
+    state: State,
+    data: FederatedData,
+    key: Key,
+    rounds,
+    *,
+    round_fn,
+    cohort: int,
+    length: int,
+    layout: Layout,
+    participation: Participation = Participation(),
 ):
     """`rounds` <= `length` rounds; their infos in the first rows of `[length, K]` buffers."""
     clients = data.start.shape[0]
     round_fn = jax.jit(round_fn)  # is traced once for the shapes of its results and for the loop
 
     def one_round(state: State) -> tuple[State, RoundInfo]:
-        ids = sample_cohort(key, state.server.round, clients, cohort)
-        server, own, info = round_fn(state.server, take(state.clients, ids), take_clients(data, ids), ids, key)
+        ids, turn = participation.draw(key, state.server.round, clients, cohort)
+        more = () if turn is None else (turn,)
+        server, own, info = round_fn(state.server, take(state.clients, ids), take_clients(data, ids), ids, key, *more)
         written = put(state.clients, ids, own)
         if layout.mesh is not None:
             written = jax.lax.with_sharding_constraint(written, layout.sharding("clients"))

@@ -1,13 +1,16 @@
-"""Rounds of clients whose states are in a store: while a cohort trains, the next one is read and the last one written.
+"""Rounds of clients whose states are in a store: while some clients train, the next are read and the last are written.
 
-One thread moves states, and reads or makes examples where those are not on the device, too; in its order of work, and in the
-device's:
+A cohort is trained at once, or in groups, one after another, where the devices cannot hold the states of all. One thread moves
+states, and reads or makes examples where those are not on the device, too; in its order of work, and in the device's:
 
-    thread   ... read cohort t+1   write what round t-1 made   read cohort t+2   write what round t made ...
-    device   ... round t                                       round t+1 ...
+    thread   ... read group t+1   write what group t-1 made   read group t+2   write what group t made ...
+    device   ... group t                                      group t+1 ...
 
-so that a round takes as long as the longer of the two. Those of cohort t+1 who are in cohort t, too, are not read but taken
-from what round t made, on the device; those who were in an earlier one have been written by then.
+so that a round takes as long as the longer of the two. Clients of group t+1 who are in group t, too, are not read but taken
+from what group t made, on the device; those who were in an earlier one have been written by then.
+
+Of several processes each reads, trains and writes the clients of its own range of ids, of which every cohort has the same
+share; all draw the same cohorts, and run the same programs over all devices.
 """
 
 import functools
@@ -19,12 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from fedkd_jax.cohort import sample_cohort
-from fedkd_jax.data import take_clients
+from fedkd_jax.data import stack_clients, take_clients
 from fedkd_jax.data.federated import population_size
-from fedkd_jax.population import Store, place_clients, place_data, select_clients
-from fedkd_jax.types import Algorithm, ClientSource, ClientState, FederatedData, Key, PyTree, RoundInfo, State
+from fedkd_jax.parallel import AXIS, Layout, known_to_all, local_rows, place, place_rows
+from fedkd_jax.participation import Participation
+from fedkd_jax.population import Store, select_clients
+from fedkd_jax.rounds import Round
+from fedkd_jax.types import Algorithm, ClientSource, ClientState, FederatedData, Key, PyTree, RoundInfo, State, Turn
 
 BLOCK = 64  # rounds whose cohorts are drawn at a time
 
@@ -33,12 +39,17 @@ class Stream:
     """Runs rounds one after another; a context manager, at whose end all that rounds made is in the store.
 
     Args:
-        algorithm: any `Algorithm`.
+        algorithm: any `Algorithm`; one whose round is a `Round` where a cohort is trained in groups.
         store: where the states are; open.
         data: the N clients' training examples, on the device or a `ClientSource`.
         key: the run's key.
         cohort: clients per round K.
         last: the number of the last round, plus one; nothing is read ahead for it.
+        participation: who takes part, and how.
+        group: so many clients at a time, or a few less, that groups be of one size; all by default.
+
+    Raises:
+        ValueError: groups of an algorithm whose round is no `Round`.
 
     The store's `waited` grows by the seconds in which the device had nothing to do for want of states.
 
@@ -63,14 +74,32 @@ class Stream:
         *,
         cohort: int,
         last: int,
+        participation: Participation | None = None,
+        group: int | None = None,
     ):
-        self.store, self.data, self.key, self.last = store, data, key, last
-        self._round = functools.partial(_one_round, round_fn=algorithm.round)
-        self._draw = functools.partial(_draw_cohorts, clients=population_size(data), cohort=cohort)
-        self._cohorts: dict[int, np.ndarray] = {}
+        self.store, self.data, self.last, self.layout = store, data, last, store.layout
+        self.key = place(key, store.layout)
+        self.places = make_groups(cohort, cohort if group is None else group, store.layout.devices)
+        if len(self.places) > 1 and not isinstance(algorithm.round, Round):
+            raise ValueError(f"group is {group} with a round that is not in two parts; allowed: None, see Round")
+        strata = 1 if participation is None else participation.strata
+        self._by_device = strata % store.layout.devices == 0 and cohort % strata == 0
+        if jax.process_count() > 1 and not self._by_device:
+            raise ValueError(
+                f"participation.strata is {strata} with several processes; allowed: multiples of {store.layout.devices} devices"
+            )
+        self._round = algorithm.round
+        self._draw = functools.partial(
+            _draw_cohorts,
+            key,
+            participation=participation or Participation(),
+            clients=population_size(data),
+            cohort=cohort,
+        )
+        self._cohorts: dict[int, tuple[np.ndarray, Turn | None]] = {}
         self._worker = ThreadPoolExecutor(1)
-        self._ahead: Future | None = None  # of the next cohort
-        self._made: tuple[np.ndarray, ClientState] | None = None  # by the last round
+        self._ahead: Future | None = None  # of the next group
+        self._made: tuple[np.ndarray, ClientState] | None = None  # by the last group
         self._written: Future | None = None  # that
         # before jax 0.12, collectives of two programs in flight can wait for each other for ever
         self._one_at_a_time = store.layout.devices > 1
@@ -87,20 +116,67 @@ class Stream:
     def run(self, state: State, count: int) -> tuple[State, list[RoundInfo]]:
         """`count` rounds; the server is consumed. The infos are in NumPy, `[count, K]`, of the one seed there is."""
         server, infos = state.server, []
-        first = int(server.round)
-        for t in range(first, first + count):
-            ids = self._ids(t)
-            clients, data = self._states(ids)
-            server, made, info = self._round(server, clients, data, jnp.asarray(ids), self.key)
-            self._made = (ids, made)
-            self._ahead = self._worker.submit(self._fetch, self._ids(t + 1), ids) if t + 1 < self.last else None
-            self.flush()  # of the round before, which comes before that in the thread's order
-            self._written = self._worker.submit(self.store.write, ids, made)
+        one_round = self._whole if len(self.places) == 1 else self._in_groups
+        for t in range(int(server.round), int(server.round) + count):
+            server, info = one_round(server, t)
             infos.append(info)
-            if self._one_at_a_time:
-                jax.block_until_ready(server)
         state = State(server=server, clients=self.store)
         return state, [jax.tree.map(lambda *x: np.stack(x), *jax.device_get(infos))]
+
+    def _whole(self, server, t: int):
+        def train(clients, data, ids, turn):
+            new, made, info = _one_round(
+                server, clients, data, ids, self.key, turn, round_fn=self._round, layout=self.layout
+            )
+            return made, (new, info)
+
+        return self._between(t, 0, train)
+
+    def _in_groups(self, server, t: int):
+        def train(clients, data, ids, turn):
+            made, *rest = _train_group(
+                server, clients, data, ids, self.key, turn, train_fn=self._round.train, layout=self.layout
+            )
+            return made, rest
+
+        reports, summed = [], None
+        for g in range(len(self.places)):
+            report, some = self._between(t, g, train)
+            reports.append(report)
+            summed = some if summed is None else _add(summed, some)
+        ids, turn = self._cohort(t)
+        places = np.argsort(np.concatenate(self.places))
+        return self._waited_for(
+            _finish_round(
+                server,
+                reports,
+                summed,
+                ids,
+                self.key,
+                turn,
+                places,
+                finish_fn=self._round.finish,
+                layout=self.layout,
+            )
+        )
+
+    def _between(self, t: int, g: int, train: Callable) -> Any:
+        """`made, rest = train(clients, data, ids, turn)` of a group, beside what the thread reads and writes; gives `rest`."""
+        ids, turn = self._group(t, g)
+        clients, data = self._states(ids)
+        made, rest = train(clients, data, ids, turn)
+        self._made = (ids, made)
+        last = g + 1 == len(self.places)
+        following = (t + 1, 0) if last else (t, g + 1)
+        self._ahead = (
+            self._worker.submit(self._fetch, self._group(*following)[0], ids) if following[0] < self.last else None
+        )
+        self.flush()  # of the group before, which comes before that in the thread's order
+        self._written = self._worker.submit(self._write, ids, made, turn)
+        return self._waited_for(rest)
+
+    def _waited_for(self, tree: PyTree) -> PyTree:
+        return jax.block_until_ready(tree) if self._one_at_a_time else tree
 
     def flush(self) -> None:
         """Waits until the store has all that rounds made."""
@@ -116,25 +192,42 @@ class Stream:
 
         return after
 
-    def _ids(self, t: int) -> np.ndarray:
+    def _cohort(self, t: int) -> tuple[np.ndarray, Turn | None]:
         if t not in self._cohorts:  # a program of its own, for which the device has to be free: not at every round
             rounds = range(t, min(t + BLOCK, self.last))
-            self._cohorts = dict(zip(rounds, np.asarray(self._draw(self.key, np.array(rounds))), strict=True))
+            drawn = jax.device_get(self._draw(np.array(rounds)))
+            self._cohorts = {s: jax.tree.map(lambda x: x[i], drawn) for i, s in enumerate(rounds)}  # noqa: B023
         return self._cohorts[t]
+
+    def _group(self, t: int, g: int) -> tuple[np.ndarray, Turn | None]:
+        return jax.tree.map(lambda x: x[self.places[g]], self._cohort(t))
 
     def _fetch(self, ids: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, ClientState | None, FederatedData]:
         """Which of `ids` begin in this round, the states of the others, but of those training now, and the examples."""
-        now, layout, data = np.isin(ids, training), self.store.layout, self.data
+        now, own, data = np.isin(ids, training), self.layout.own(len(ids)), self.data
         fresh = self.store.missing(ids) & ~now
-        clients = None if fresh.all() else place_clients(self.store.read(ids, ~fresh & ~now), layout)
+        read = ~fresh & ~now
+        clients = None if fresh.all() else place_rows(self.store.read(ids[own], read[own]), self.layout)
         if isinstance(data, ClientSource):
-            data = place_data(data.take(ids), layout)
-            if data.start.shape != ids.shape:
-                raise ValueError(f"data.take gave {data.start.shape} clients for ids {ids.shape}; allowed: as many")
+            data = data.take(ids[own])
+            if data.start.shape != ids[own].shape:
+                raise ValueError(
+                    f"data.take gave {data.start.shape} clients for ids {ids[own].shape}; allowed: as many"
+                )
+            data = place_rows(stack_clients(data), self.layout)
         return jax.block_until_ready((fresh, clients, data))
 
+    def _write(self, ids: np.ndarray, made: ClientState, turn: Turn | None) -> None:
+        """Keeps what those who were there made."""
+        own = self.layout.own(len(ids))
+        rows, present = local_rows(made), np.ones(len(ids), bool) if turn is None else turn.present
+        if not present.all():
+            rows = jax.tree.map(lambda x: x[present[own]], rows)
+        self.store.write(ids[own][present[own]], rows)
+        self.store.note(ids[present])
+
     def _states(self, ids: np.ndarray) -> tuple[ClientState, FederatedData]:
-        """The states and the data of the next cohort."""
+        """The states and the data of the next group."""
         last_ids, last = self._made or (np.zeros(0, np.int32), None)
         future = self._ahead or self._worker.submit(self._fetch, ids, last_ids)
         if not future.done():
@@ -144,34 +237,93 @@ class Stream:
             self.store.waited += time.perf_counter() - start
         fresh, clients, data = future.result()
         if clients is None:
-            clients = place_clients(self.store.init(ids), self.store.layout)
+            clients = self._begin(ids)
         elif fresh.any():
-            clients = select_clients(fresh, place_clients(self.store.init(ids), self.store.layout), clients)
+            clients = select_clients(fresh, self._begin(ids), clients)
         common, into, source = np.intersect1d(ids, last_ids, assume_unique=True, return_indices=True)
         if len(common):
-            padding = (0, len(ids) - len(common))
-            into = np.pad(into, padding, constant_values=len(ids))  # past the end: dropped
-            clients = _carry_over(clients, last, into, np.pad(source, padding), layout=self.store.layout)
-        if self._one_at_a_time:
-            jax.block_until_ready(clients)
-        return clients, data
+            devices = self.layout.devices if self._by_device else 1
+            pairs = _pairs(into, source, len(ids), len(last_ids), devices)
+            clients = _carry_over(clients, last, *pairs, layout=self.layout, by_device=self._by_device)
+        return self._waited_for(clients), data
+
+    def _begin(self, ids: np.ndarray) -> ClientState:
+        clients = self.store.init(ids)
+        return clients if jax.process_count() > 1 else place_rows(clients, self.layout)
 
 
-@functools.partial(jax.jit, static_argnames=("clients", "cohort"))
-def _draw_cohorts(key, rounds, *, clients: int, cohort: int):
-    return jax.lax.map(lambda t: sample_cohort(key, t, clients, cohort), rounds)
+def make_groups(cohort: int, group: int, devices: int) -> list[np.ndarray]:
+    """Which places of a cohort are trained at once: at most `group` of them, but at least one on each device, and of each
+    device's places, which lie one after another, the same share in every group.
+
+    >>> [places.tolist() for places in make_groups(8, group=4, devices=2)]
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    devices = 1 if cohort % devices else devices
+    share = cohort // devices
+    places = np.arange(cohort).reshape(devices, share)
+    parts = np.array_split(np.arange(share), -(-share // max(1, group // devices)))
+    return [places[:, part].reshape(-1) for part in parts]
 
 
-@functools.partial(jax.jit, static_argnames=("round_fn",), donate_argnames=("server", "clients"))
-def _one_round(server, clients, data: FederatedData, ids, key, *, round_fn):
-    of_all = data.start.shape[0] != ids.shape[0]  # and not of the cohort; where these are the same, ids count from 0
-    return jax.jit(round_fn)(server, clients, take_clients(data, ids) if of_all else data, ids, key)
+@functools.partial(jax.jit, static_argnames=("participation", "clients", "cohort"))
+def _draw_cohorts(key, rounds, *, participation: Participation, clients: int, cohort: int):
+    return jax.lax.map(lambda t: participation.draw(key, t, clients, cohort), rounds)
 
 
-@functools.partial(jax.jit, static_argnames=("layout",), donate_argnames=("clients",))
-def _carry_over(clients: PyTree, last: PyTree, into, source, *, layout) -> PyTree:
-    """`clients[into] = last[source]`."""
-    new = jax.tree.map(lambda x, y: x.at[into].set(y.at[source].get(mode="clip"), mode="drop"), clients, last)
-    if layout.mesh is not None and into.shape[0] % layout.devices == 0:
-        new = jax.lax.with_sharding_constraint(new, layout.sharding("clients"))
-    return new
+def _of_cohort(data: FederatedData, ids) -> FederatedData:
+    # where there are as many clients as in the cohort, these are the same: ids count from 0
+    return data if data.start.shape[0] == ids.shape[0] else take_clients(data, ids)
+
+
+@functools.partial(jax.jit, static_argnames=("round_fn", "layout"), donate_argnames=("server", "clients"))
+def _one_round(server, clients, data: FederatedData, ids, key, turn=None, *, round_fn, layout):
+    more = () if turn is None else (turn,)
+    server, clients, info = jax.jit(round_fn)(server, clients, _of_cohort(data, ids), ids, key, *more)
+    return known_to_all(server, layout), clients, known_to_all(info, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("train_fn", "layout"), donate_argnames=("clients",))
+def _train_group(server, clients, data: FederatedData, ids, key, turn=None, *, train_fn, layout):
+    clients, reports, summed = train_fn(server, clients, _of_cohort(data, ids), ids, key, turn)
+    return clients, known_to_all(reports, layout), known_to_all(summed, layout)
+
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("finish_fn", "layout"), donate_argnames=("server",))
+def _finish_round(server, reports: list, summed, ids, key, turn, places, *, finish_fn, layout):
+    """`reports` of the groups; `places[k]` is where in all of them the report of client k is."""
+    reports = jax.tree.map(lambda *x: jnp.concatenate(x)[places], *reports)
+    return known_to_all(finish_fn(server, reports, summed, ids, key, turn), layout)
+
+
+def _pairs(into: np.ndarray, source: np.ndarray, new: int, old: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of clients that are in place `into` of `new`, in increasing order, and were in place `source` of `old`: the places
+    counted on each of the devices, `[new]`, padded with a place past the end."""
+    each, was = new // devices, old // devices
+    device = into // each
+    at = device * each + np.arange(len(into)) - np.searchsorted(device, device)
+    to, of = np.full(new, each, np.int32), np.zeros(new, np.int32)
+    to[at], of[at] = into - device * each, source - device * was
+    return to, of
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "by_device"), donate_argnames=("clients",))
+def _carry_over(clients: PyTree, last: PyTree, into, source, *, layout: Layout, by_device: bool) -> PyTree:
+    """`clients[into] = last[source]`; with `by_device` nobody goes from one device to another, and these are places on each."""
+
+    def put(clients, last, into, source):
+        return jax.tree.map(lambda x, y: x.at[into].set(y.at[source].get(mode="clip"), mode="drop"), clients, last)
+
+    if layout.mesh is None:
+        return put(clients, last, into, source)
+    if by_device:
+        split = PartitionSpec(AXIS)
+        return jax.shard_map(put, mesh=layout.mesh, in_specs=split, out_specs=split, check_vma=False)(
+            clients, last, into, source
+        )
+    new = put(clients, last, into, source)
+    even = into.shape[0] % layout.devices == 0
+    return jax.lax.with_sharding_constraint(new, layout.sharding(AXIS)) if even else new

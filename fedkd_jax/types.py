@@ -193,7 +193,10 @@ class FederatedData:
     labels: Leaf  # [n, ...] int
     start: Leaf  # [] int32 of one client, [K] of a cohort
     count: Leaf  # [] int32 of one client, [K] of a cohort
+    work: Leaf = ()  # [] of one client, [K] of a cohort: the share of its local steps that it makes; () for all of them
     max_count: int = static_field()  # the largest count in the population
+    # the arrays have a client axis, [K, max_count, ...], and `start` is 0: `stack_clients`, for cohorts split over devices
+    stacked: bool = static_field(default=False)
 
 
 class ClientSource(NamedTuple):
@@ -225,6 +228,21 @@ class Batch:
     inputs: PyTree  # [B, ...]
     labels: Leaf  # [B, ...] int
     mask: Leaf  # [B] bool
+
+
+@record
+class Turn:
+    """What becomes of a client that is asked to take part in a round; whoever says it gives `work`, `sends` and `seconds`.
+
+    >>> Turn(work=0.5, sends=True, seconds=3.0).present
+    True
+    """
+
+    work: Leaf  # [], in (0, 1], the share of its local steps that the client makes
+    sends: Leaf  # [] bool; False: it trains, but its message gets lost
+    seconds: Leaf  # [], until its message is there
+    present: Leaf = True  # [] bool; False: nobody is in this place of the cohort, as too few were available
+    counted: Leaf = True  # [] bool; False where it sends: it comes after the server has gone on
 
 
 # ---- what is carried -------------------------------------------------------------------------------------------------
@@ -296,6 +314,7 @@ class RoundInfo:
     finite: Leaf  # [K] bool; False: weight zero, state not written back
     weight: Leaf  # [K], before normalisation
     ranks: dict[str, Leaf]  # uplink, {leaf path: [K] int32, or [K, b] where a leaf is b matrices}
+    turn: Any = ()  # Turn [K], () where everybody takes part with all of it
 
 
 class Algorithm(NamedTuple):
@@ -309,7 +328,8 @@ class Algorithm(NamedTuple):
 
     init_server: Callable[[Key], ServerState]
     init_clients: Callable[[Key, Leaf], ClientState]  # init_clients(key, ids [K]) -> ClientState [K]
-    round: Callable[..., tuple[ServerState, ClientState, RoundInfo]]  # round(server, clients, data, ids, key)
+    # round(server, clients, data, ids, key), and with clients that may fail round(server, clients, data, ids, key, turn [K])
+    round: Callable[..., tuple[ServerState, ClientState, RoundInfo]]
     predict: Mapping[str, Predict] = {}  # {"teacher": f, ...}, f(server, client, inputs) -> Outputs, one client
     layout: Any = None  # the `Layout` its round was built with, so that simulate and evaluate use the same
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from fedkd_jax import ClientState, DiskStore, HostStore, Layout, State, client_mesh, evaluate, simulate, take
 from fedkd_jax.data import from_arrays
-from fedkd_jax.population import init_server, place_clients, place_data
+from fedkd_jax.parallel import place_rows
+from fedkd_jax.population import init_server, place_data
 from fedkd_jax.stream import _one_round
 from fedkd_jax.types import Algorithm, ClientSource
 
@@ -93,11 +94,11 @@ def told(compiled) -> dict[str, int]:
 def test_over_devices_a_round_adds_up_and_gathers_no_states(eight_devices):
     """What devices tell each other, in the compiled program: the weighted sum of the updates, and of the weights."""
     own, layout = algorithm("fedkd, optimiser kept", 2), Layout(mesh=client_mesh(2))
-    clients = place_clients(jax.device_get(own.init_clients(KEY, np.arange(4))), layout)
+    clients = place_rows(jax.device_get(own.init_clients(KEY, np.arange(4))), layout)
     server = init_server(own, KEY)
     state = (server, clients, place_data(DATA, layout), jnp.arange(4), KEY)
     numbers = sum(x.size for x in jax.tree.leaves(server.params))
-    assert told(_one_round.lower(*state, round_fn=own.round).compile()) == {"all-reduce": numbers + 1}
+    assert told(_one_round.lower(*state, round_fn=own.round, layout=layout).compile()) == {"all-reduce": numbers + 1}
     # out of states that are split over the devices, a cohort's are not to be had without
     assert sum(told(jax.jit(take).lower(clients, jnp.array([3, 0])).compile()).values()) > 2 * numbers
 

@@ -15,7 +15,7 @@ from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params
 from fedkd_jax.parallel import Layout
-from fedkd_jax.types import Algorithm, Array, ClientState, FederatedData, Key, Model, RoundInfo, ServerState
+from fedkd_jax.types import Algorithm, Array, ClientState, FederatedData, Key, Model, RoundInfo, ServerState, Turn
 
 
 def pool(data: FederatedData) -> FederatedData:
@@ -27,6 +27,16 @@ def pool(data: FederatedData) -> FederatedData:
     >>> pooled.labels[:int(pooled.count)].tolist()
     [6, 7, 0, 1, 2]
     """
+    if data.stacked:
+        clients, most = data.labels.shape[:2]
+        flat = lambda x: x.reshape(clients * most, *x.shape[2:])  # noqa: E731
+        data = FederatedData(
+            inputs=jax.tree.map(flat, data.inputs),
+            labels=flat(data.labels),
+            start=jnp.arange(clients) * most,
+            count=data.count,
+            max_count=most,
+        )
     size = min(data.max_count * data.start.shape[0], data.labels.shape[0])
     ends = jnp.cumsum(data.count)
     positions = jnp.arange(size)
@@ -73,8 +83,15 @@ def centralised(
     """
 
     def round(
-        server: ServerState, clients: ClientState, data: FederatedData, ids: Int[Array, "k"], key: Key
+        server: ServerState,
+        clients: ClientState,
+        data: FederatedData,
+        ids: Int[Array, "k"],
+        key: Key,
+        turn: Turn | None = None,
     ) -> tuple[ServerState, ClientState, RoundInfo]:
+        if turn is not None:  # of who is lost to the others nothing is known here, either
+            data = dataclasses.replace(data, count=data.count * (turn.sends & turn.counted))
         (params, state), loss = local_steps(
             lambda carry, mini, key: task_step(model, optimizer, loss_fn, server.frozen["model"], carry, mini, key),
             (server.params, server.opt_state),
@@ -100,6 +117,7 @@ def centralised(
             finite=jnp.broadcast_to(finite, ids.shape),
             weight=data.count.astype(jnp.float32),
             ranks={},
+            turn=() if turn is None else turn,
         )
         return server, clients, info
 

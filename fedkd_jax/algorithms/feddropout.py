@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout
-from fedkd_jax.rounds import federated_round
+from fedkd_jax.rounds import Report, Round, federated_round
 from fedkd_jax.types import (
     Algorithm,
     Array,
@@ -38,6 +37,8 @@ from fedkd_jax.types import (
     Params,
     Payload,
     PyTree,
+    ServerState,
+    Turn,
     record,
 )
 
@@ -187,7 +188,7 @@ def feddropout(
         message = SubUpdate(update=masked(optax.tree.sub(params, start)), kept=kept)
         return LocalResult(client=client, message=message, terms=task_terms(student=loss))
 
-    run = federated_round(
+    base = federated_round(
         local,
         uplink=_sub_codec(),
         downlink=_mean_codec(),
@@ -196,15 +197,16 @@ def feddropout(
         layout=layout,
     )
 
-    def round(*args: Any):
-        server, clients, info = run(*args)
-        down = dict(downlink_bytes=info.uplink_bytes, downlink_floats=info.uplink_floats)
-        return server, clients, dataclasses.replace(info, **down)
+    def finish(server: ServerState, reports: Report, summed, ids, key, turn: Turn | None = None):
+        server, info = base.finish(server, reports, summed, ids, key, turn)
+        present = 1 if turn is None else turn.present
+        down = dict(downlink_bytes=reports.nbytes * present, downlink_floats=reports.floats * present)
+        return server, dataclasses.replace(info, **down)
 
     return Algorithm(
         init_server=init_shared(model, server_optimizer),
         init_clients=init_clients,
-        round=round,
+        round=Round(base.train, finish),
         predict={"model": Predictor(model, lambda server, client: merge_params(server.params, server.frozen["model"]))},
         layout=layout,
     )

@@ -112,7 +112,7 @@ def scaffold(
             epochs=epochs,
             steps=steps,
         )
-        made = count_steps(data.count, batch=batch, epochs=epochs, steps=steps)
+        made = count_steps(data.count, data.work, batch=batch, epochs=epochs, steps=steps)
         update = optax.tree.sub(params, shared)
         # c_i' - c_i = -c - (y - w) / (K eta); a client that made no step keeps its own
         scale = 1.0 / (jnp.maximum(made, 1) * learning_rate)

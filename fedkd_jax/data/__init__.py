@@ -4,7 +4,16 @@ Text first becomes words (`corpora`) and then integers (`tokens`).
 """
 
 from fedkd_jax.data.corpora import Tagged, load_speeches, load_tagged
-from fedkd_jax.data.federated import Examples, federate, population_size, take_clients, train_test_split
+from fedkd_jax.data.federated import (
+    Examples,
+    client_parts,
+    federate,
+    join_parts,
+    population_size,
+    stack_clients,
+    take_clients,
+    train_test_split,
+)
 from fedkd_jax.data.lazy import from_arrays, from_records, synthetic
 from fedkd_jax.data.news import Impressions, News, evaluation_rows, load_news, training_rows
 from fedkd_jax.data.partition import by_key, dirichlet, iid, shards
@@ -30,6 +39,7 @@ __all__ = [
     "cached_texts",
     "cached_words",
     "characters",
+    "client_parts",
     "dirichlet",
     "encode_texts",
     "encode_words",
@@ -38,6 +48,7 @@ __all__ = [
     "from_arrays",
     "from_records",
     "iid",
+    "join_parts",
     "load",
     "load_news",
     "load_speeches",
@@ -46,6 +57,7 @@ __all__ = [
     "lost_words",
     "population_size",
     "shards",
+    "stack_clients",
     "synthetic",
     "take_clients",
     "train_test_split",

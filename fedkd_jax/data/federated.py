@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedkd_jax.types import Array, ClientSource, FederatedData, Number
+from fedkd_jax.types import Array, ClientSource, FederatedData, Number, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,56 @@ def take_clients(data: FederatedData, ids: Array) -> FederatedData:
     >>> take_clients(data, jnp.array([1, 1, 0])).count
     Array([2, 2, 3], dtype=int32)
     """
-    return dataclasses.replace(data, start=jnp.asarray(data.start)[ids], count=jnp.asarray(data.count)[ids])
+    own, shared = client_parts(data)
+    return join_parts(jax.tree.map(lambda x: jnp.asarray(x)[ids], own), shared)
+
+
+def client_parts(data: FederatedData) -> tuple[FederatedData, PyTree]:
+    """`(own, shared)` of a cohort: what has a client axis, and the arrays all clients look into, None where data are stacked.
+
+    >>> own, (inputs, labels) = client_parts(federate(np.zeros((5, 2)), np.zeros(5, int), [np.arange(3), np.arange(3, 5)]))
+    >>> own.count.tolist(), own.inputs, inputs.shape
+    ([3, 2], (), (5, 2))
+    """
+    return (
+        (data, None) if data.stacked else (dataclasses.replace(data, inputs=(), labels=()), (data.inputs, data.labels))
+    )
+
+
+def join_parts(own: FederatedData, shared: PyTree) -> FederatedData:
+    """The inverse of `client_parts`, of a cohort or of one of its clients.
+
+    >>> data = federate(np.zeros((5, 2)), np.zeros(5, int), [np.arange(3), np.arange(3, 5)])
+    >>> join_parts(*client_parts(data)).labels.shape
+    (5,)
+    """
+    return own if shared is None else dataclasses.replace(own, inputs=shared[0], labels=shared[1])
+
+
+def stack_clients(data: FederatedData) -> FederatedData:
+    """The same clients with arrays of their own, `[K, max_count, ...]`, so that the client axis can be split over devices.
+
+    Rows past a client's count hold anything.
+
+    >>> data = federate(np.arange(5.0), np.arange(5), [np.arange(3), np.arange(3, 5)])
+    >>> stack_clients(data).labels.tolist()
+    [[0, 1, 2], [3, 4, 4]]
+    """
+    if data.stacked:
+        return data
+    start, most, n = np.asarray(data.start), data.max_count, len(data.labels)
+    if n == len(start) * most and np.array_equal(start, np.arange(len(start)) * most):  # as cohorts of a source are
+        split = lambda x: x.reshape(len(start), most, *x.shape[1:])  # noqa: E731
+    else:
+        rows = np.minimum(start[:, None] + np.arange(most), n - 1)
+        split = lambda x: x[rows]  # noqa: E731
+    return dataclasses.replace(
+        data,
+        inputs=jax.tree.map(split, data.inputs),
+        labels=split(data.labels),
+        start=np.zeros(start.shape, np.int32),
+        stacked=True,
+    )
 
 
 def population_size(data: FederatedData | ClientSource) -> int:
