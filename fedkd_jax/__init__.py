@@ -85,6 +85,7 @@ from fedkd_jax.models import (
     load_bert,
     mlp,
     recommender,
+    rematerialise,
     tagger,
     text_classifier,
     with_pretrained,

@@ -46,6 +46,7 @@ from fedkd_jax.models import (
     load_bert,
     minilm_folder,
     mlp,
+    rematerialise,
     split_params,
     with_pretrained,
 )
@@ -269,10 +270,10 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
             if own.depth > sizes.layers:
                 raise ConfigError(f"{name}.depth", own.depth, f"1 to the checkpoint's {sizes.layers} layers")
             _check_tokens(config, sizes)
-            model = clients.model(dataclasses.replace(sizes, layers=own.depth, dtype=own.dtype))
+            model = clients.model(dataclasses.replace(sizes, layers=own.depth, dtype=own.dtype, remat=own.remat))
             models[name] = freeze(with_pretrained(model, params), is_fixed)
         else:
-            sizes = {key: getattr(own, key) for key in ("width", "heads", "inner", "positions", "dtype")}
+            sizes = {key: getattr(own, key) for key in ("width", "heads", "inner", "positions", "dtype", "remat")}
             if config.checkpoint is not None:
                 tokenizer = load_tokenizer(config)
                 sizes |= {"vocab": tokenizer.get_vocab_size(), "pad": tokenizer.token_to_id("[PAD]")}
@@ -310,8 +311,10 @@ def _check_tokens(config: Experiment, sizes: TransformerConfig) -> None:
 
 def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Model:
     if config.kind == "cnn":
-        return cnn(example.shape, config.channels, config.hidden, classes, config.kernel)
-    return mlp((example.size, *config.hidden, classes))
+        model = cnn(example.shape, config.channels, config.hidden, classes, config.kernel)
+    else:
+        model = mlp((example.size, *config.hidden, classes))
+    return rematerialise(model) if config.remat else model
 
 
 # ---- optimisers, codecs, algorithms ----------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class ModelConfig:
     inner: int = 512
     positions: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"  # in which a transformer computes
+    # keep less for the gradient and compute it again: a transformer layer by layer, another model as a whole
+    remat: bool = False
 
     @property
     def layers(self) -> int:

@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd_jax import Outputs, cnn, freeze, from_nnx, mlp
+from fedkd_jax import Outputs, cnn, freeze, from_nnx, mlp, rematerialise
 from fedkd_jax.models import conv2d, max_pool, merge_params, split_params
 
 KEY = jax.random.key(5)
@@ -169,6 +169,35 @@ def test_bare_logits_and_outputs_are_both_taken():
     out = model.apply(model.init(KEY), jnp.ones((2, 4)))
     assert isinstance(out, Outputs)
     assert (out.hidden, out.attention) == ((), ())
+
+
+# ---- wrappers ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def output_and_gradient(name, *wrappers):
+    model = functools.reduce(lambda model, wrap: wrap(model), wrappers, MODELS[name][0])
+
+    def loss(params, x):
+        out = model.apply(params, x)
+        return (out.logits**2).sum() + sum((h**2).sum() for h in out.hidden), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rematerialised_model_is_the_same_and_holds_parameters_and_inputs_only(name):
+    model, shape = MODELS[name]
+    params, x = model.init(KEY), jax.random.normal(KEY, shape)
+    one, other = (output_and_gradient(name, *w)(params, x) for w in ((), (rematerialise,)))
+    chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
+
+    def held(model):
+        gradient = jax.eval_shape(lambda p, x: jax.vjp(lambda p: model.apply(p, x), p)[1], params, x)
+        return sum(leaf.size for leaf in jax.tree.leaves(gradient))
+
+    assert held(rematerialise(model)) <= sum(leaf.size for leaf in jax.tree.leaves((params, x)))
+    assert name == "mlp" or held(model) > 4 * held(rematerialise(model))
 
 
 # ---- frozen parameters -------------------------------------------------------------------------------------------------

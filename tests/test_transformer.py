@@ -162,6 +162,25 @@ def test_the_program_does_not_grow_with_depth():
     assert size(12) - size(3) < 0.1 * size(3)  # only the slices of what is returned per layer
 
 
+def test_rematerialised_layers_have_the_same_gradient_in_less_memory():
+    """Temporary memory of the compiled gradient: 3.8 times less here, and 3.5 times for MiniLM (16 texts of 64 tokens)."""
+    sizes = dict(vocab=30, width=32, layers=6, heads=2, inner=128, positions=16)
+    x, results, memory = jax.random.randint(KEY, (8, 16), 1, 30), [], []
+    for remat in (False, True):
+        model = text_classifier(TransformerConfig(**sizes, remat=remat), 2)
+
+        def loss(params, model=model):
+            out = model.apply(params, x)
+            return sum((y**2).mean() for y in (out.logits, *out.hidden, *out.attention)), out
+
+        params = jax.jit(model.init)(KEY)
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
+        results.append(compiled(params))
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+    assert memory[0] > 2.5 * memory[1]
+
+
 @given(st.lists(tokens, min_size=2, max_size=2))
 def test_bfloat16_is_close_and_gives_float32(texts):
     _, params, apply = classifier()

@@ -1,6 +1,6 @@
 """Models: `Model(init, apply)` over plain dicts, built from Flax modules."""
 
-from fedkd_jax.models.base import Predictor, freeze, from_nnx, merge_params, split_params
+from fedkd_jax.models.base import Predictor, freeze, from_nnx, merge_params, rematerialise, split_params
 from fedkd_jax.models.cnn import cnn, conv2d, max_pool
 from fedkd_jax.models.mlp import mlp
 from fedkd_jax.models.pretrained import load_bert, minilm_folder, with_pretrained
@@ -34,6 +34,7 @@ __all__ = [
     "minilm_folder",
     "mlp",
     "recommender",
+    "rematerialise",
     "split_params",
     "tagger",
     "text_classifier",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from fedkd_jax.types import ClientState, Model, Outputs, Params, PyTree, ServerState
@@ -23,7 +24,6 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         TypeError: the module holds a variable that is not `nnx.Param`.
         ValueError: `apply` gets parameters of another structure.
 
-    >>> import jax, jax.numpy as jnp
     >>> model = from_nnx(lambda rngs: nnx.Linear(64, 10, rngs=rngs))
     >>> params = model.init(jax.random.key(0))
     >>> sorted(params), model.apply(params, jnp.ones((2, 64))).logits.shape
@@ -66,7 +66,6 @@ def freeze(model: Model, frozen: Callable[[tuple[str, ...], Any], bool]) -> Mode
         model: any model; its `init` should give every client the same frozen values (pretrained ones, usually).
         frozen: `(path, leaf) -> bool`, path a tuple of dict keys.
 
-    >>> import jax
     >>> from fedkd_jax import mlp
     >>> model = freeze(mlp((64, 32, 10)), lambda path, leaf: path[0] == "dense_0")
     >>> trainable, kept = split_params(model, model.init(jax.random.key(0)))
@@ -74,6 +73,28 @@ def freeze(model: Model, frozen: Callable[[tuple[str, ...], Any], bool]) -> Mode
     (['dense_1'], ['dense_0'])
     """
     return model._replace(frozen=frozen)
+
+
+def rematerialise(model: Model) -> Model:
+    """The same model, which keeps nothing but its outputs for its gradient and runs forward once more instead.
+
+    In FedKD's step, where both models run forward before either is differentiated, neither's inner values then wait for the
+    other. While it is differentiated they are all there, so for one deep model alone nothing is gained:
+    `TransformerConfig(remat=True)` does it layer by layer. An MLP's inner values are its hidden states, which are outputs.
+
+    Whether the compiled program needs less is the compiler's to say. XLA on a CPU needs more by default, as it begins the
+    second pass early; with `XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false` it waits.
+
+    >>> from fedkd_jax import cnn
+    >>> plain, x = cnn((12, 12, 1), (4,), (8,), 3), jnp.ones((9, 12, 12, 1))
+    >>> params = plain.init(jax.random.key(0))
+    >>> def held(model):
+    ...     _, gradient = jax.vjp(lambda p: model.apply(p, x).logits, params)
+    ...     return sum(leaf.size for leaf in jax.tree.leaves(gradient))
+    >>> held(plain) > 5 * held(rematerialise(plain))
+    True
+    """
+    return model._replace(apply=jax.checkpoint(model.apply))
 
 
 def split_params(model: Model, params: Params) -> tuple[Params, Params]:
@@ -108,7 +129,6 @@ class Predictor:
     """What an algorithm predicts with: a model, and where its parameters are; `predictor(server, client, inputs) -> Outputs`,
     for a shared model also without a client, `None`.
 
-    >>> import jax.numpy as jnp
     >>> from fedkd_jax import mlp
     >>> shared = Predictor(mlp((4, 2)), lambda server, client: merge_params(server.params, server.frozen))
     >>> params = shared.model.init(jax.random.key(0))

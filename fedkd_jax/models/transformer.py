@@ -55,6 +55,9 @@ class TransformerConfig:
     pad: int = 0  # the token that is no token
     causal: bool = False
     dtype: str = "float32"  # of the computation, or bfloat16; parameters and outputs are float32
+    # compute what is inside a layer again when it is differentiated, instead of keeping it: less memory, a forward pass more.
+    # Hidden states and attention maps are outputs, and kept
+    remat: bool = False
 
     def __post_init__(self):
         for name in ("vocab", "width", "layers", "heads", "inner", "positions", "types"):
@@ -180,6 +183,8 @@ class Transformer(nnx.Module):
             x, attention = nnx.merge(graphdef, params)(x, bias)
             return x, (x, attention)
 
+        if self.config.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)  # a loop's two passes have nothing in common to be found
         x = self.embeddings(tokens).astype(self.config.dtype)
         last, (hidden, attention) = jax.lax.scan(layer, x, layers)
         each = lambda stacked: tuple(stacked[i].astype(jnp.float32) for i in range(self.config.layers))  # noqa: E731
