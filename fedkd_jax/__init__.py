@@ -79,6 +79,7 @@ from fedkd_jax.simulate import simulate, simulate_seeds
 from fedkd_jax.models import (
     TransformerConfig,
     cnn,
+    compute_in,
     freeze,
     from_nnx,
     language_model,

@@ -38,6 +38,7 @@ from fedkd_jax.losses import mutual_distillation, per_example
 from fedkd_jax.models import (
     TransformerConfig,
     cnn,
+    compute_in,
     freeze,
     is_fixed,
     is_table,
@@ -314,6 +315,7 @@ def _image_model(config: ModelConfig, example: np.ndarray, classes: int) -> Mode
         model = cnn(example.shape, config.channels, config.hidden, classes, config.kernel)
     else:
         model = mlp((example.size, *config.hidden, classes))
+    model = model if config.dtype == "float32" else compute_in(model, config.dtype)
     return rematerialise(model) if config.remat else model
 
 

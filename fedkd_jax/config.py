@@ -90,7 +90,7 @@ class ModelConfig:
     heads: int = 4
     inner: int = 512
     positions: int = 512
-    dtype: Literal["float32", "bfloat16"] = "float32"  # in which a transformer computes
+    dtype: Literal["float32", "bfloat16"] = "float32"  # in which it computes; parameters and what is sent are float32
     # keep less for the gradient and compute it again: a transformer layer by layer, another model as a whole
     remat: bool = False
 

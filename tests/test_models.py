@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 import strategies
@@ -13,7 +14,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd_jax import Outputs, cnn, freeze, from_nnx, mlp, rematerialise
+from fedkd_jax import Model, Outputs, cnn, compute_in, freeze, from_nnx, mlp, rematerialise
 from fedkd_jax.models import conv2d, max_pool, merge_params, split_params
 
 KEY = jax.random.key(5)
@@ -198,6 +199,50 @@ def test_a_rematerialised_model_is_the_same_and_holds_parameters_and_inputs_only
 
     assert held(rematerialise(model)) <= sum(leaf.size for leaf in jax.tree.leaves((params, x)))
     assert name == "mlp" or held(model) > 4 * held(rematerialise(model))
+
+
+def bfloat16(model):
+    return compute_in(model, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(seed=strategies.seeds)
+def test_computing_in_bfloat16_is_close_and_gives_float32(name, seed):
+    model, shape = MODELS[name]
+    params, x = jax.jit(model.init)(jax.random.key(seed)), jax.random.normal(jax.random.key(seed + 1), shape)
+    (_, exact), slope = output_and_gradient(name)(params, x)
+    (_, near), near_slope = output_and_gradient(name, bfloat16)(params, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes((near, near_slope), (exact, slope))
+    for one, other in zip(*map(jax.tree.leaves, (near, exact)), strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02 + 0.02 * np.abs(other).max())  # steps are 2^-8
+    distance = optax.tree.norm(optax.tree.sub(near_slope, slope))
+    assert distance < 0.3 * optax.tree.norm(slope)  # the largest of four pixels may be another
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (near, exact)), strict=True))
+
+
+def test_computing_in_bfloat16_casts_floats_only():
+    seen = []
+
+    def look(*trees):
+        seen.append([str(x.dtype) for x in jax.tree.leaves(trees)])
+        return jnp.ones((2, 3), jnp.bfloat16)
+
+    def apply(params, inputs, *, key=None):
+        return Outputs(look(params, inputs), mask=inputs["mask"])
+
+    frozen = lambda path, leaf: path == ("table",)  # noqa: E731
+    scorer = lambda params, inputs: lambda rows: look(params, inputs, rows)  # noqa: E731
+    model = compute_in(Model(init=lambda key: {}, apply=apply, frozen=frozen, scorer=scorer), "bfloat16")
+    params = {"table": np.zeros(2, np.int32), "w": np.zeros(2, np.float32)}
+    inputs = {"mask": np.ones(2, bool), "tokens": np.ones(2, np.int8), "x": np.ones(2, np.float32)}
+    out = model.apply(params, inputs)
+    assert (out.logits.dtype, out.mask.dtype, model.frozen) == (jnp.float32, bool, frozen)
+    assert model.scorer(params, inputs)(inputs).dtype == jnp.float32
+    cast = ["int32", "bfloat16", "bool", "int8", "bfloat16"]
+    assert seen == [cast, [*cast, *cast[2:]]]
+    assert compute_in(mlp((4, 2)), "bfloat16").scorer is None
+    with pytest.raises(ValueError, match="dtype is int8; allowed: a floating-point type"):
+        compute_in(mlp((4, 2)), jnp.int8)
 
 
 # ---- frozen parameters -------------------------------------------------------------------------------------------------

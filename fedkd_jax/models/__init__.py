@@ -1,6 +1,6 @@
 """Models: `Model(init, apply)` over plain dicts, built from Flax modules."""
 
-from fedkd_jax.models.base import Predictor, freeze, from_nnx, merge_params, rematerialise, split_params
+from fedkd_jax.models.base import Predictor, compute_in, freeze, from_nnx, merge_params, rematerialise, split_params
 from fedkd_jax.models.cnn import cnn, conv2d, max_pool
 from fedkd_jax.models.mlp import mlp
 from fedkd_jax.models.pretrained import load_bert, minilm_folder, with_pretrained
@@ -20,6 +20,7 @@ __all__ = [
     "Predictor",
     "TransformerConfig",
     "cnn",
+    "compute_in",
     "conv2d",
     "freeze",
     "from_nnx",

@@ -97,6 +97,47 @@ def rematerialise(model: Model) -> Model:
     return model._replace(apply=jax.checkpoint(model.apply))
 
 
+def compute_in(model: Model, dtype: Any) -> Model:
+    """The same model, which computes in `dtype`; parameters, their gradients and outputs are float32.
+
+    Parameters and inputs are cast where they are floating point; tokens, tables of integers and masks stay as they are. A
+    transformer has a dtype of its own, `TransformerConfig(dtype=...)`, whose softmax and normalisation stay in float32.
+
+    Args:
+        model: any model.
+        dtype: bfloat16, or any other floating-point type.
+
+    Raises:
+        ValueError: a dtype that is not floating point.
+
+    >>> from fedkd_jax import mlp
+    >>> model = compute_in(mlp((64, 32, 10)), jnp.bfloat16)
+    >>> params, x = model.init(jax.random.key(0)), jnp.ones((3, 64))
+    >>> out, exact = model.apply(params, x), mlp((64, 32, 10)).apply(params, x)
+    >>> str(out.hidden[0].dtype), 0 < float(jnp.abs(out.logits - exact.logits).max()) < 0.1
+    ('float32', True)
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {dtype}; allowed: a floating-point type, such as bfloat16")
+
+    def cast(tree: PyTree, dtype: Any = dtype) -> PyTree:
+        narrow = lambda x: jnp.asarray(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x  # noqa: E731
+        return jax.tree.map(narrow, tree)
+
+    def apply(params: Params, inputs: PyTree, *, key: jax.Array | None = None) -> Outputs:
+        return cast(model.apply(cast(params), cast(inputs), key=key), jnp.float32)
+
+    wide = model.scorer
+
+    def scorer(params: Params, inputs: PyTree) -> Callable[[PyTree], Any]:
+        assert wide is not None
+        score = wide(cast(params), cast(inputs))
+        return lambda rows: cast(score(cast(rows)), jnp.float32)
+
+    return model._replace(apply=apply, scorer=None if wide is None else scorer)
+
+
 def split_params(model: Model, params: Params) -> tuple[Params, Params]:
     """`(trainable, frozen)`, two nested dicts that together are `params`.
 
