@@ -57,6 +57,7 @@ from fedkd_jax.aggregate import example_weight, uniform_weight
 from fedkd_jax.cohort import client_key, put, sample_cohort, take
 from fedkd_jax.participation import Participation, available_by, available_with, unreliable
 from fedkd_jax.parallel import Layout, client_mesh, map_clients
+from fedkd_jax.rest import stochastic_round
 from fedkd_jax.rounds import Round, federated_round
 from fedkd_jax.algorithms import (
     centralised,

@@ -438,6 +438,7 @@ def build_algorithm(
     weights: dict[str, Any] = {"weight_fn": {"examples": example_weight, "uniform": uniform_weight}[method.weighting]}
     if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
         layout = Layout(chunk=layout.chunk)
+    rest: dict[str, Any] = dict(teacher_dtype=method.teacher_dtype, moments_dtype=method.moments_dtype)
     local: dict[str, Any] = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
     if method.algorithm in ("fedkd", "fml"):
         options: dict[str, Any] = dict(
@@ -449,6 +450,7 @@ def build_algorithm(
             **codecs,
             **server,
             **weights,
+            **rest,
             **local,
         )
         if method.algorithm == "fml":
@@ -469,7 +471,7 @@ def build_algorithm(
     model = models[method.model]
     settings = method.optimizer or getattr(config, f"{method.model}_optimizer")
     if method.algorithm == "local_only":
-        return local_only(model, optimizer=build_optimizer(settings, in_run), **local)
+        return local_only(model, optimizer=build_optimizer(settings, in_run), **rest, **local)
     if method.algorithm == "centralised":
         return centralised(model, optimizer=build_optimizer(settings, in_run), **local)
     if method.algorithm == "scaffold":

@@ -166,6 +166,10 @@ class MethodConfig:
     stop_weight_gradient: bool = False
     per_example: bool = False  # a weight 1 / (L_t + L_s) for each example
     message: Literal["update", "gradient"] = "update"
+    # in which a client's own model is between rounds, and its optimiser's state: bfloat16 takes half the bytes. It trains in
+    # float32
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
     mu: float = 0.01  # of fedprox, the weight of the proximal term
     sketch: float = 0.25  # of fetchsgd, the numbers of a sketch as a share of the model's
     momentum: float = 0.9  # of fetchsgd's server
@@ -301,6 +305,7 @@ _METHOD_READERS = {
     **dict.fromkeys(("bits", "directions"), ("fedkd", "fml", "fedavg", "fedprox", "scaffold", "fedpaq")),
     **dict.fromkeys(("adaptive", "distill", "hidden", "attention", "mutual", "project"), ("fedkd",)),
     **dict.fromkeys(("stop_weight_gradient", "per_example", "message"), ("fedkd",)),
+    **dict.fromkeys(("teacher_dtype", "moments_dtype"), ("fedkd", "fml", "local_only")),
     **dict.fromkeys(("alpha", "beta"), ("fml",)),
     **dict.fromkeys(("sketch", "momentum"), ("fetchsgd",)),
     "mu": ("fedprox",),

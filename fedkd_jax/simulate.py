@@ -223,7 +223,7 @@ def simulate_seeds(
     if test is not None:
         over = functools.partial(evaluate_seeds, data=place_data(test, layout), metrics=metrics, batch=eval_batch)
         evaluate_fn = lambda s: over(algorithm, s, layout=layout)[:seeds]  # noqa: E731
-    options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
+    options = _options(algorithm, cohort or clients, rounds, eval_every)
 
     def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
         # under vmap, bounds that differ would have all that a round writes written again

@@ -88,7 +88,7 @@ class Stream:
             raise ValueError(
                 f"participation.strata is {strata} with several processes; allowed: multiples of {store.layout.devices} devices"
             )
-        self._round = algorithm.round
+        self._round: Any = algorithm.round
         self._draw = functools.partial(
             _draw_cohorts,
             key,

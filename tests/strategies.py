@@ -228,6 +228,14 @@ ALGORITHMS = {
     "local_only": lambda layout=None: local_only(
         mlp((FEATURES, 8, TARGETS)), optimizer=optax.adam(0.05), batch=4, layout=layout
     ),
+    "local_only, bfloat16 at rest": lambda layout=None: local_only(
+        mlp((FEATURES, 8, TARGETS)),
+        optimizer=optax.adam(0.05),
+        batch=4,
+        teacher_dtype=jnp.bfloat16,
+        moments_dtype=jnp.bfloat16,
+        layout=layout,
+    ),
     "centralised": lambda layout=None: centralised(
         mlp((FEATURES, 8, TARGETS)), optimizer=optax.adam(0.05), batch=4, layout=layout
     ),

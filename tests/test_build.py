@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import hypothesis.strategies as st
 import jax
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import given
 
 import fedkd_jax.build
 from fedkd_jax import init_state
-from fedkd_jax.build import build_algorithm, build_data, build_optimizer, build_schedule, local_steps_of
-from fedkd_jax.config import DataConfig, Experiment, MethodConfig, OptimizerConfig, validate
+from fedkd_jax.build import build_algorithm, build_data, build_models, build_optimizer, build_schedule, local_steps_of
+from fedkd_jax.config import DataConfig, Experiment, MethodConfig, ModelConfig, OptimizerConfig, validate
 from fedkd_jax.data import federate
 
 ONE = MethodConfig()
@@ -107,3 +108,28 @@ def test_a_method_of_a_config_sends_what_its_keys_say(name):
     np.testing.assert_allclose(info.downlink_bytes, down * full, rtol=0.01)
     assert info.finite.all()
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (server.params, state.server.params)), strict=True))
+
+
+def test_what_saves_memory_is_a_key_and_a_round_stays_finite():
+    model = ModelConfig(hidden=(16,), dtype="bfloat16", remat=True)
+    cnn = ModelConfig(kind="cnn", channels=(4,), hidden=(16,), kernel=3, dtype="bfloat16", remat=True)
+    method = MethodConfig(codec="svd", teacher_dtype="bfloat16", moments_dtype="bfloat16")
+    data = DataConfig(clients=3, examples=200)
+    config = Experiment(teacher=cnn, student=model, steps=2, methods={"it": method}, data=data)
+    validate(config)
+    clients = build_data(config)
+    program = str(jax.make_jaxpr(build_models(config, clients)["teacher"].apply)(*abstract(config, clients)))
+    assert "remat" in program or "checkpoint" in program
+    assert "bf16" in program
+    algorithm = build_algorithm(config, method, clients)
+    state, ids = init_state(algorithm, 3, jax.random.key(0)), np.arange(3)
+    assert {str(x.dtype) for x in jax.tree.leaves(state.clients.teacher)} == {"bfloat16"}
+    server, own, info = jax.jit(algorithm.round)(state.server, state.clients, clients.train, ids, jax.random.key(1))
+    assert info.finite.all()
+    assert {x.dtype for x in jax.tree.leaves(server.params)} == {np.dtype("float32")}
+    chex.assert_trees_all_equal_shapes_and_dtypes(own, state.clients)
+
+
+def abstract(config, clients):
+    model = build_models(config, clients)["teacher"]
+    return jax.eval_shape(model.init, jax.random.key(0)), clients.train.inputs[:2]

@@ -105,6 +105,8 @@ IMPOSSIBLE = {
     "methods: {a: {algorithm: fedavg, feedback: true}}": ("methods.a.feedback", "without a codec"),
     "methods: {a: {algorithm: fedavg, directions: uplink}}": ("methods.a.directions", "without a codec"),
     "methods: {a: {algorithm: fedavg, bits: 2, feedback: true}}": ("methods.a.bits", "3 or more"),
+    "methods: {a: {algorithm: fedavg, teacher_dtype: bfloat16}}": ("methods.a.teacher_dtype", "fedkd, fml, local_only"),
+    "methods: {a: {moments_dtype: float16}}": ("methods.a.moments_dtype", "'bfloat16'"),
     "methods: {a: {hidden: false, project: false}}": ("methods.a.project", "hidden is false"),
     "methods: {a: {adaptive: false, stop_weight_gradient: true}}": (
         "methods.a.stop_weight_gradient",

@@ -44,6 +44,7 @@ on_device = functools.cache(run)
     [
         ("host", FEDKD, 2, None, DATA),
         ("disk", FEDKD, 2, None, from_arrays(DATA)),
+        ("host", "local_only, bfloat16 at rest", 2, None, DATA),
         ("host", FEDKD, 4, 2, DATA),
         ("disk", "local_only", 3, 2, from_arrays(DATA)),  # three do not split over two
         ("host", "fedavg", 5, None, from_arrays(DATA)),  # nothing to keep, and everybody in every round

@@ -15,6 +15,7 @@ on every client
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from fedkd_jax.local import local_steps
 from fedkd_jax.losses import layer_map, mutual_distillation
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
+from fedkd_jax.rest import check_rest, from_rest, to_rest
 from fedkd_jax.rounds import federated_round
 from fedkd_jax.types import (
     Algorithm,
@@ -117,6 +119,8 @@ def fedkd(
     project: bool = True,
     share_frozen: bool = False,
     message: str = "update",
+    teacher_dtype: Any = jnp.float32,
+    moments_dtype: Any = jnp.float32,
     reset_student_optimizer: bool = True,
     weight_fn: Callable[[Array], Array] = example_weight,
     server_optimizer: optax.GradientTransformation | None = None,
@@ -145,6 +149,8 @@ def fedkd(
             once, the teacher's. Only their shapes are compared: that the values agree is the caller's word.
         message: "update", or "gradient" (needs `steps=1`): the server then steps with `student_optimizer` unless
             `server_optimizer` is given.
+        teacher_dtype, moments_dtype: in which a client's teacher and its teacher's optimiser state are between rounds, float32
+            or bfloat16 (half the bytes, rounded at random with the client's key, see `rest.py`); local work is in float32.
         reset_student_optimizer: whether the student's optimiser starts anew each round, or stays with the client.
         weight_fn: `example_weight` (FedAvg) or `uniform_weight`, or any `count -> weight`.
         server_optimizer: optax, see `federated_round`.
@@ -155,8 +161,9 @@ def fedkd(
 
     Raises:
         ValueError: a student with more layers than the teacher, `message="gradient"` with `steps` other than 1, an
-            unknown `message`, no `example` where it is needed, `share_frozen` of models whose frozen parameters differ in
-            structure or shape, hidden shapes that cannot be compared (when the round is traced).
+            unknown `message`, `teacher_dtype` or `moments_dtype`, no `example` where it is needed, `share_frozen` of models
+            whose frozen parameters differ in structure or shape, hidden shapes that cannot be compared (when the round is
+            traced).
 
     Reference: https://doi.org/10.1038/s41467-022-29763-x. Differences: README.
 
@@ -172,6 +179,7 @@ def fedkd(
         raise ValueError(
             f"steps is {steps} with message='gradient'; allowed: 1 (Algorithm 1 sends one step's gradient)"
         )
+    check_rest(teacher_dtype=teacher_dtype, moments_dtype=moments_dtype)
     projection_optimizer = projection_optimizer or teacher_optimizer
     if message == "gradient":
         server_optimizer = server_optimizer or student_optimizer
@@ -210,9 +218,9 @@ def fedkd(
         projection = projection_of(projection_key)
         student_params, _ = split_params(student, student.init(student_key))
         return ClientState(
-            teacher=own,
+            teacher=to_rest(own, teacher_dtype),
             projection=projection,
-            teacher_opt=teacher_optimizer.init(own),
+            teacher_opt=to_rest(teacher_optimizer.init(own), moments_dtype),
             projection_opt=projection_optimizer.init(projection),
             student_opt=() if reset_student_optimizer else student_optimizer.init(student_params),
             codec=init_codec(uplink, student_params),
@@ -241,16 +249,17 @@ def fedkd(
 
         student_opt = student_optimizer.init(server.params) if reset_student_optimizer else client.student_opt
         carry = (
-            (client.teacher, client.projection, server.params),
-            (client.teacher_opt, client.projection_opt, student_opt),
+            (from_rest(client.teacher, teacher_dtype), client.projection, server.params),
+            (from_rest(client.teacher_opt, moments_dtype), client.projection_opt, student_opt),
             optax.tree.zeros_like(server.params) if message == "gradient" else (),
         )
         carry, terms = local_steps(step, carry, data, key, batch=batch, epochs=epochs, steps=steps)
         (own, projection, shared), (teacher_opt, projection_opt, student_opt), gradient = carry
+        rest_keys = jax.random.split(jax.random.fold_in(key, 2))  # a stream beside the two of `local_steps`
         new = ClientState(
-            teacher=own,
+            teacher=to_rest(own, teacher_dtype, rest_keys[0]),
             projection=projection,
-            teacher_opt=teacher_opt,
+            teacher_opt=to_rest(teacher_opt, moments_dtype, rest_keys[1]),
             projection_opt=projection_opt,
             student_opt=() if reset_student_optimizer else student_opt,
         )
@@ -271,7 +280,8 @@ def fedkd(
         ),
         predict={
             "teacher": Predictor(
-                teacher, lambda server, client: merge_params(client.teacher, server.frozen["teacher"])
+                teacher,
+                lambda server, client: merge_params(from_rest(client.teacher, teacher_dtype), server.frozen["teacher"]),
             ),
             "student": Predictor(
                 student, lambda server, client: merge_params(server.params, server.frozen[student_frozen])
