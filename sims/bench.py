@@ -1,6 +1,8 @@
-"""How fast a round is: `python -m sims.bench {round,compression,layout,population,compile,svd,text} [--quick] [--devices D]`.
+"""How fast a round is: `python -m sims.bench NAME [--quick] [--devices D]`, NAME one of
 
-round       client updates per second of the compiled round and of a Python loop over clients with jitted steps
+round       what a round's time goes to, part by part, and the least that each part could take: see bench_round.py
+scale       populations, cohorts and devices, clients' states on the device, in host memory and on disk: see bench_scale.py
+loop        client updates per second of the compiled round and of a Python loop over clients with jitted steps
 compression the share of FedKD's round that the SVD codec takes
 layout      cohorts of 1 to 256 on one or all devices in chunks of several sizes; what the automatic choice loses
 population  a round of 100 clients out of 1,000 and out of 20,000
@@ -8,12 +10,14 @@ compile     seconds to trace and to compile a round
 svd         the factorisations against `jnp.linalg.svd`, on matrices of real training: see bench_svd.py; 40 minutes
 text        training steps of transformers against their matrix products alone, and what clients hold: see bench_text.py
 
-Work of the first five: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two 5 x 5
-convolutions of 32 and 64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the hidden
-loss with its projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation apart;
-figures are medians. "CPU ms" is processor time per client update, over all threads: it does not move when other programs run.
+Work of all but scale, svd and text: 100 random examples a client, one epoch of batch 10, SGD; "mlp" is 64-128-10 and "cnn" two
+5 x 5 convolutions of 32 and 64 channels and a dense layer of 512. FedKD has the same network as teacher and as student, the
+hidden loss with its projection, and the SVD codec both ways. What is compared runs interleaved in one process, compilation
+apart; figures are medians. "CPU ms" is processor time per client update, over all threads: it does not move when other
+programs run.
 
-The table grows as results come; they are also written to results.json in a new folder runs/bench-NAME-N; svd also plots.
+The table grows as results come; they are also written to results.json in a new folder runs/bench-NAME-N; scale and svd
+also plot.
 """
 
 if __name__ == "__main__":
@@ -23,7 +27,6 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -37,59 +40,16 @@ import numpy as np
 import optax
 from rich.live import Live
 
-from fedkd_jax import cnn, energy_threshold, fedavg, fedkd, mlp, mutual_distillation, simulate, svd_codec
+from fedkd_jax import mutual_distillation, simulate
 from fedkd_jax.algorithms.fedavg import task_step
 from fedkd_jax.algorithms.fedkd import mutual_step
 from fedkd_jax.cohort import client_key
 from fedkd_jax.local import permutation
 from fedkd_jax.losses import cross_entropy
-from fedkd_jax.parallel import Layout, client_mesh, place
-from fedkd_jax.types import Algorithm, Batch, FederatedData, ServerState
-from sims import bench_svd, bench_text, common, hardware
-
-EXAMPLES, BATCH = 100, 10
-MODELS = {"mlp": (mlp((64, 128, 10)), (64,)), "cnn": (cnn(), (28, 28, 1))}
-SGD = optax.sgd(0.05)
-CODEC = svd_codec(energy_threshold(0.95, 0.98, rounds=100))
-
-
-def make_data(kind: str, clients: int) -> FederatedData:
-    """Random examples of the model's input shape.
-
-    >>> make_data("mlp", 3).inputs.shape
-    (300, 64)
-    """
-    rng, n = np.random.default_rng(0), clients * EXAMPLES
-    return FederatedData(
-        inputs=rng.random((n, *MODELS[kind][1]), np.float32),
-        labels=rng.integers(0, 10, n).astype(np.int32),
-        start=np.arange(clients, dtype=np.int32) * EXAMPLES,
-        count=np.full(clients, EXAMPLES, np.int32),
-        max_count=EXAMPLES,
-    )
-
-
-def make_algorithm(method: str, kind: str, layout: Layout) -> Algorithm:
-    """The method on the model of that kind.
-
-    >>> sorted(make_algorithm("FedKD", "mlp", Layout()).predict)
-    ['student', 'teacher']
-    """
-    model, shape = MODELS[kind]
-    if method == "FedAvg":
-        return fedavg(model, optimizer=SGD, batch=BATCH, layout=layout)
-    codec = CODEC if method == "FedKD" else None
-    example = np.ones((1, *shape), np.float32)
-    optimizers = {"teacher_optimizer": SGD, "student_optimizer": SGD}
-    return fedkd(model, model, example=example, batch=BATCH, uplink=codec, downlink=codec, layout=layout, **optimizers)
-
-
-def make_layout(devices: int, chunk: int | None = None) -> Layout:
-    """
-    >>> make_layout(1, 4).groups(8)
-    (2, 4)
-    """
-    return Layout(mesh=client_mesh(devices) if devices > 1 else None, chunk=chunk)
+from fedkd_jax.parallel import Layout, place
+from fedkd_jax.types import Batch, ServerState
+from sims import bench_round, bench_scale, bench_svd, bench_text, common, hardware
+from sims.workload import BATCH, CODEC, EXAMPLES, MODELS, SGD, interleave, make_algorithm, make_data, make_layout
 
 
 class CompiledRound:
@@ -174,24 +134,6 @@ class PythonLoop:
         return self.server
 
 
-def interleave(programs: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
-    """Median wall and processor seconds of each program, run in turns after one call to warm up.
-
-    >>> sorted(interleave({"nothing": lambda: None}, 3)["nothing"])
-    ['cpu', 'wall']
-    """
-    for program in programs.values():
-        program()
-    times = {name: {"wall": [], "cpu": []} for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            program()
-            times[name]["wall"].append(time.perf_counter() - wall)
-            times[name]["cpu"].append(time.process_time() - cpu)
-    return {name: {clock: statistics.median(t) for clock, t in both.items()} for name, both in times.items()}
-
-
 def row(method: str, clients: int, name: str, times: dict[str, float], more: dict) -> dict:
     """
     >>> row("FedAvg mlp", 10, "loop", {"wall": 0.5, "cpu": 0.1}, {})["updates/s"]
@@ -209,7 +151,7 @@ def layout_name(layout: Layout, cohort: int) -> str:
     return f"{layout.devices} x {layout.groups(cohort)[1]}"
 
 
-def bench_round(devices: int, quick: bool) -> Iterator[dict]:
+def bench_loop(devices: int, quick: bool) -> Iterator[dict]:
     """The compiled round as it is laid out by default, on one device, and the Python loop."""
     for kind, cohort, repeats in (("mlp", 100, 7), ("cnn", 20, 3)):
         cohort, repeats = (max(cohort // 10, 2), 2) if quick else (cohort, repeats)
@@ -294,14 +236,17 @@ def bench_compile(devices: int, quick: bool) -> Iterator[dict]:
 
 
 BENCHES = {
-    "round": bench_round,
+    "round": bench_round.bench_round,
+    "scale": bench_scale.bench_scale,
+    "loop": bench_loop,
     "compression": bench_compression,
     "layout": bench_layout,
     "population": bench_population,
     "compile": bench_compile,
-    "svd": functools.partial(bench_svd.bench_svd, interleave),
-    "text": functools.partial(bench_text.bench_text, interleave),
+    "svd": bench_svd.bench_svd,
+    "text": bench_text.bench_text,
 }
+PLOTS = {"scale": bench_scale.plot, "svd": bench_svd.plot}
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
@@ -325,8 +270,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             shown.append({k: f"{x:.4g}" if isinstance(x, float) else str(x) for k, x in cells.items()})
             live.update(common.make_table(shown, title))
             (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    if chosen.bench == "svd":
-        bench_svd.plot(rows).savefig(folder / "svd.png", dpi=150)
+    if chosen.bench in PLOTS:
+        PLOTS[chosen.bench](rows).savefig(folder / f"{chosen.bench}.png", dpi=150)
     common.console.print(f"\nresults: {folder}")
     return folder
 

@@ -27,6 +27,7 @@ from fedkd_jax.parallel import Layout, client_mesh, map_clients, place
 from fedkd_jax.subspace import contract
 from fedkd_jax.svd import choose_method, factorise, sketch_columns
 from sims import updates
+from sims.workload import interleave
 
 SHAPES = (*updates.TEXT, *updates.IMAGE)
 SPECTRA = {"noise": 0.0, "i^-0.5": 0.5, "i^-1": 1.0, "i^-1.5": 1.5}
@@ -125,6 +126,19 @@ def square_products(most: int, matrix):
     return contract(matrix, contract(matrix, matrix, 0, 0)[:, :most], 1, 0)
 
 
+def products(columns: int, most: int) -> dict[str, Callable]:
+    """The products of each route by name, for `sketch_columns` and `max_factored_rank` of the shape.
+
+    >>> [fn(jnp.ones((9, 5))).shape for fn in products(2, 3).values()]
+    [(9, 2), (5, 5), (9, 3)]
+    """
+    return {
+        "thin products": functools.partial(thin_products, columns),
+        "gram product": gram_product,
+        "square products": functools.partial(square_products, most),
+    }
+
+
 def limit(found: dict, columns: int) -> str:
     """Which products no method of ours does without, for matrices of that quality.
 
@@ -151,7 +165,7 @@ def cases(shape: tuple[int, int], real: dict | None) -> Iterator[tuple[str, np.n
         yield kind, power_law(shape, exponent, STACK)
 
 
-def bench_svd(interleave: Callable, devices: int, quick: bool) -> Iterator[dict]:
+def bench_svd(devices: int, quick: bool) -> Iterator[dict]:
     """Stacks of 1, 8 and 64 of every kind of matrix."""
     folder, real = os.environ.get("FEDKD_DATA_DIR"), None
     if not quick:
@@ -173,10 +187,7 @@ def bench_svd(interleave: Callable, devices: int, quick: bool) -> Iterator[dict]
             whole = {"vmap": jax.jit(jax.vmap(svd))}
             bare = {
                 "split": split(svd, layout),
-                "thin products": split(functools.partial(thin_products, columns), layout),
-                "gram product": split(gram_product, layout),
-                "square products": split(functools.partial(square_products, most), layout),
-            }
+            } | {name: split(fn, layout) for name, fn in products(columns, most).items()}
             ours = {name: split(functools.partial(factorise, method=name, max_rank=most), layout) for name in methods}
             for kind, matrices in kinds.items():
                 stack = np.resize(matrices, (count, m, n))

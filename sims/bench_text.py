@@ -18,6 +18,7 @@ from fedkd_jax.algorithms.fedavg import task_step
 from fedkd_jax.data import federate
 from fedkd_jax.models import TransformerConfig, freeze, is_fixed, split_params, text_classifier
 from fedkd_jax.types import Batch, Model, PyTree
+from sims.workload import interleave
 
 STEPS = 3
 CLIENTS = 64
@@ -65,7 +66,7 @@ def products(layers: int, batch: int, length: int) -> tuple[list[tuple[Callable,
     return [(fn, args, n * layers) for fn, args, n in once], float(layers * per_layer)
 
 
-def bench_text(interleave: Callable, devices: int, quick: bool) -> Iterator[dict]:
+def bench_text(devices: int, quick: bool) -> Iterator[dict]:
     """Training steps against their products, then the bytes of a population."""
     del devices  # a product uses all cores
     sizes = ((6, 16, 64), (6, 32, 48), (2, 16, 64), (6, 8, 40), ((6, 2), 8, 40), ((6, 2), 16, 64))

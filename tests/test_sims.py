@@ -23,7 +23,7 @@ from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import load_config, to_yaml
 from fedkd_jax.plots import accuracy_plot
 from fedkd_jax.report import table_rows
-from sims import common, compare, hardware, placement, run
+from sims import bench, common, compare, hardware, placement, run
 from sims import report as report_program
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -394,3 +394,20 @@ def test_models_are_tested_against_the_same_model_of_the_baseline():
         ("FML, student", "+0.00"),
         ("FML, teacher", "-16.00"),
     ]
+
+
+def test_every_bench_is_told_of():
+    assert bench.__doc__ is not None
+    told = bench.__doc__.split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in told] == [*bench.BENCHES]
+
+
+def test_bench_writes_results_and_a_plot(tmp_path, monkeypatch):
+    rows = [
+        {"varied": v, "population": 9, "cohort": 4, "store": "host", "clients/s": 2.0, "ms a round": 2e3}
+        for v in ("population", "cohort")
+    ]
+    monkeypatch.setitem(bench.BENCHES, "scale", lambda devices, quick: iter(rows))
+    folder = bench.main(["scale", "--devices", "1", "--out", str(tmp_path / "out")])
+    assert json.loads((folder / "results.json").read_text()) == rows
+    assert (folder / "scale.png").stat().st_size > 0
