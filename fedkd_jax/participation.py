@@ -125,7 +125,7 @@ def sample_strata(
     size, share = population // strata, cohort // strata
 
     def of_stratum(s):
-        own = key if strata == 1 else jax.random.fold_in(key, s)
+        own = key if strata == 1 else client_key(key, _ALWAYS - 1, s)
         if available is None:
             return sample_cohort(own, round, size, share) + s * size, jnp.ones(share, bool)
         there = jax.vmap(lambda i: jnp.asarray(available(key, round, i + s * size), bool))

@@ -5,10 +5,11 @@ asked for and keeps it once the client has taken part, so that space follows the
 population. A run has the same bits with any of them.
 """
 
+import contextlib
 import functools
-import itertools
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedkd_jax.types import Algorithm, ClientState, FederatedData, Key, PyTree, 
 CHUNK_BYTES = 2**26  # of host memory, taken at a time
 PAGE_BYTES = 4096
 CALL_BYTES = 2**30  # a system call moves 2 GiB at most
+FILE = 2**40  # slots are numbered from here in a second file, from twice here in a third
 
 
 # ---- on the device -----------------------------------------------------------------------------------------------------
@@ -44,9 +46,30 @@ def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
     if population < 1:
         raise ValueError(f"population is {population}; allowed: at least 1")
     layout = algorithm.layout or Layout()
-    size = -(-population // layout.devices) * layout.devices
-    clients = _init_clients(algorithm.init_clients, jax.random.split(key)[1], jnp.arange(size))
+    clients = _init_clients(
+        algorithm.init_clients, jax.random.split(key)[1], jnp.arange(_padded(algorithm, population))
+    )
     return State(server=init_server(algorithm, key), clients=place(clients, layout, "clients"))
+
+
+def state_shapes(algorithm: Algorithm, population: int) -> State:
+    """What `init_state` gives, shapes and types only.
+
+    >>> import optax
+    >>> from fedkd_jax import local_only, mlp
+    >>> algorithm = local_only(mlp((4, 2)), optimizer=optax.sgd(0.1), batch=2)
+    >>> state_shapes(algorithm, 10**9).clients.teacher["dense_0"]["bias"].shape
+    (1000000000, 2)
+    """
+    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((_padded(algorithm, population),), jnp.int32)
+    return State(
+        server=jax.eval_shape(algorithm.init_server, key), clients=jax.eval_shape(algorithm.init_clients, key, ids)
+    )
+
+
+def _padded(algorithm: Algorithm, population: int) -> int:
+    devices = (algorithm.layout or Layout()).devices
+    return -(-population // devices) * devices
 
 
 def init_server(algorithm: Algorithm, key: Key) -> ServerState:
@@ -92,9 +115,12 @@ class Store:
 
     def __init__(self):
         self._slots: dict[int, int] = {}
+        self._used = 0  # slots there ever were in the own file
+        self._free: list[int] = []  # those of them that nothing refers to
+        self._kept: set[int] = set()  # those that a checkpoint refers to: not written over
         self._elsewhere: set[int] = set()  # clients whose rows other processes have
         self._shapes: tuple[list[jax.ShapeDtypeStruct], Any] | None = None
-        self._key: np.ndarray | None = None
+        self._key: Any = None
         self.round: int | None = 0  # rounds done by those who are kept; None while some are under way
         self.waited = 0.0  # seconds that rounds waited for states, in all
 
@@ -158,11 +184,19 @@ class Store:
         for leaf, shape, (a, b) in zip(jax.tree.leaves(clients), leaves, self._spans, strict=True):
             if shape.size:
                 rows[:, a:b] = np.asarray(leaf, shape.dtype).reshape(len(ids), shape.size).view(np.uint8)
-        new = dict(
-            zip((i for i in ids.tolist() if i not in self._slots), itertools.count(len(self._slots)), strict=False)
-        )
-        self._write(rows, np.array([new[i] if i in new else self._slots[i] for i in ids.tolist()], np.int64))
-        self._slots |= new  # only now: where the write failed there is no client with half a state
+        slots = {i: self._slot(i) for i in ids.tolist()}
+        self._write(rows, np.array(list(slots.values()), np.int64))
+        self._slots |= slots  # only now: where the write failed nobody has a row who had none
+
+    def _slot(self, client_id: int) -> int:
+        """Where a client's new state goes: into its own slot, or a fresh one where a checkpoint needs the old state."""
+        slot = self._slots.get(client_id)
+        if slot is not None and slot < FILE and slot not in self._kept:
+            return slot
+        if self._free:
+            return self._free.pop()
+        self._used += 1
+        return self._used - 1
 
     def init(self, ids: np.ndarray) -> ClientState:
         """The states `[K]` that `ids [K]` begin with, on the device."""
@@ -200,8 +234,62 @@ class Store:
                 who[p] = ids[rows[p]] if n else p * share
             yield rows.reshape(-1), who.reshape(-1), valid.reshape(-1).astype(bool)
 
+    def save(self, folder: pathlib.Path, round: int) -> None:
+        """Puts what is needed to go on from this round on the disk of `folder`; what older ones need is still there.
+
+        The rows of clients, and index-ROUND.npz: which file and slot each client's row is in.
+        """
+        self._opened()
+        ids = np.array(sorted(self._slots), np.int64)
+        files, slots = self._files(folder, round, np.array([self._slots[i] for i in ids.tolist()], np.int64))
+        path = folder / f"index-{round}{_part()}.npz"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez(file, ids=ids, slots=slots, files=np.array(files), key=self._key, row_bytes=self.row_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        path.with_suffix(".tmp").rename(path)
+
+    def forget(self, folder: pathlib.Path, round: int) -> None:
+        """What only checkpoints older than this round need is not needed any more."""
+        for path in folder.glob(f"*{_part()}.*"):
+            found = re.fullmatch(rf"(?:index|rows)-(\d+){_part()}\.(?:npz|bin|tmp)", path.name)
+            if found and int(found[1]) < round:
+                path.unlink()
+
+    def load(self, folder: pathlib.Path, round: int, processes: int) -> None:
+        """Goes on from what `save` left, by as many processes as there were then; by how many it is now does not matter.
+
+        Raises:
+            FileNotFoundError: a file of it is gone.
+            ValueError: it is of another run, or this store is not an open and new one.
+        """
+        self._opened()
+        if self._slots or self._elsewhere or self.round != 0:
+            raise ValueError(f"store holds {len(self)} clients; allowed: a new one")
+        share = (self._population or 0) // jax.process_count()
+        for p in range(processes):
+            path = folder / f"index-{round}{_part(p, processes)}.npz"
+            with np.load(path) as index:
+                if not np.array_equal(index["key"], self._key) or index["row_bytes"] != self.row_bytes:
+                    raise ValueError(f"{path} is of another run's clients; allowed: the same algorithm and key")
+                ids, slots, files = (index[name] for name in ("ids", "slots", "files"))
+            mine = np.full(len(ids), True) if jax.process_count() == 1 else ids // share == jax.process_index()
+            self._elsewhere.update(ids[~mine].tolist())
+            self._adopt(folder, files.tolist(), ids, slots, mine)
+        self.round = round
+
     def close(self) -> None:
         """Lets go of what it holds open."""
+
+    def _files(self, folder: pathlib.Path, round: int, slots: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The rows in these slots, on the disk: names of files, and slots in these."""
+        raise NotImplementedError
+
+    def _adopt(
+        self, folder: pathlib.Path, files: list[str], ids: np.ndarray, slots: np.ndarray, mine: np.ndarray
+    ) -> None:
+        """Takes the rows of `ids[mine]` over."""
+        raise NotImplementedError
 
     def _opened(self):
         if self._shapes is None:
@@ -249,12 +337,42 @@ class HostStore(Store):
         for chunk, which, where in self._of_chunk(slots):
             chunk[where] = rows[which]
 
+    def _files(self, folder, round, slots):
+        path = folder / f"rows-{round}{_part()}.tmp"
+        size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
+        with open(path, "wb") as file:
+            for some in np.split(slots, range(size, len(slots), size)):
+                rows = np.empty((len(some), self.row_bytes), np.uint8)
+                self._read(rows, np.arange(len(some)), some)
+                file.write(rows.data)
+            file.flush()
+            os.fsync(file.fileno())
+        path = path.rename(path.with_suffix(".bin"))
+        return [path.name], np.arange(len(slots))
+
+    def _adopt(self, folder, files, ids, slots, mine):
+        with contextlib.closing(_Files([folder / name for name in files], self.row_bytes)) as old:
+            size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
+            rows = np.flatnonzero(mine)
+            for some in np.split(rows, range(size, len(rows), size)):
+                states = np.empty((len(some), self.row_bytes), np.uint8)
+                old.read(states, np.arange(len(some)), slots[some])
+                new = {i: self._slot(i) for i in ids[some].tolist()}
+                self._write(states, np.array(list(new.values()), np.int64))
+                self._slots |= new
+
 
 class DiskStore(Store):
     """Client states in a file of a folder, which is made; the file grows with the clients that have taken part.
 
+    Of several processes each has a file of its own in the folder, which all of them must see.
+
+    Args:
+        folder: where.
+        resume: the folder is one that has such files, for `load_state`.
+
     Raises:
-        FileExistsError: the folder already has such a file.
+        FileExistsError: the folder already has such a file, without `resume`.
 
     >>> import optax, tempfile
     >>> from fedkd_jax import local_only, mlp
@@ -267,19 +385,92 @@ class DiskStore(Store):
     >>> store.close()
     """
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | pathlib.Path, *, resume: bool = False):
         super().__init__()
-        self.path = pathlib.Path(folder) / "clients.bin"
+        self.path = pathlib.Path(folder) / f"clients{_part()}.bin"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL)
+        self._lent: set[int] = set()  # slots of the own file that other processes' checkpoints refer to
+        self._disk = _Files([], 0)
+        self._disk.files.append((self.path, os.open(self.path, flags, 0o644)))
+
+    def open(self, algorithm: Algorithm, key: Key, population: int | None = None) -> None:
+        super().open(algorithm, key, population)
+        self._disk.row_bytes = self.row_bytes
+        if self.row_bytes:  # what is in the file already is never written over
+            self._used = max(self._used, -(-os.fstat(self._disk.own()).st_size // self.row_bytes))
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._disk.close()
+
+    def _read(self, rows, into, slots):
+        self._disk.read(rows, into, slots)
+
+    def _write(self, rows, slots):
+        self._disk.write(rows, slots)
+
+    def _files(self, folder, round, slots):
+        if folder.resolve() != self.path.parent.resolve():
+            raise ValueError(f"folder is {folder}; allowed: {self.path.parent}, where the store is")
+        os.fsync(self._disk.own())
+        self._kept |= set(slots[slots < FILE].tolist())
+        return [path.name for path, _ in self._disk.files], slots
+
+    def forget(self, folder, round):
+        super().forget(folder, round)
+        now = {slot for slot in self._slots.values() if slot < FILE}
+        self._free += self._kept - now - self._lent
+        self._kept = now | self._lent
+
+    def _adopt(self, folder, files, ids, slots, mine):
+        if folder.resolve() != self.path.parent.resolve():
+            raise ValueError(f"store is in {self.path.parent}; allowed: {folder}, where the checkpoint is")
+        if any(not name.startswith("clients") for name in files):
+            raise ValueError(f"store is a DiskStore; allowed: a HostStore, as clients were in host memory: {files}")
+        numbers = np.array([self._disk.number(folder / name) for name in files])
+        for file in range(len(files)):
+            last = slots[slots // FILE == file].max(initial=-1) % FILE if (slots // FILE == file).any() else -1
+            path, own = self._disk.files[numbers[file]]
+            if os.fstat(own).st_size < (last + 1) * self.row_bytes:
+                raise FileNotFoundError(
+                    f"{path} has {os.fstat(own).st_size} bytes; allowed: {(last + 1) * self.row_bytes}"
+                )
+        slots = numbers[slots // FILE] * FILE + slots % FILE
+        self._slots |= dict(zip(ids[mine].tolist(), slots[mine].tolist(), strict=True))
+        self._kept |= set(slots[mine & (slots < FILE)].tolist())
+        self._lent |= set(slots[~mine & (slots < FILE)].tolist())
+        self._free = sorted(set(range(self._used)) - self._kept - self._lent, reverse=True)
+
+
+class _Files:
+    """Rows in files; slots of the first are numbered from 0, of the second from `FILE`, and so on. The first is written."""
+
+    def __init__(self, paths: list[pathlib.Path], row_bytes: int):
+        self.row_bytes = row_bytes
+        self.files: list[tuple[pathlib.Path, int]] = []
+        for path in paths:
+            self.number(path)
+
+    def number(self, path: pathlib.Path) -> int:
+        """Which of the files this is; it is opened, to read, if it is none of them yet."""
+        for number, (known, _) in enumerate(self.files):
+            if known.name == path.name:
+                return number
+        self.files.append((path, os.open(path, os.O_RDONLY)))
+        return len(self.files) - 1
+
+    def own(self) -> int:
+        """The first file, which is written."""
+        if not self.files:
+            raise ValueError("the store is closed; allowed: a new one, or one that load_state fills")
+        return self.files[0][1]
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.pop()[1])
 
     def _runs(self, slots: np.ndarray):
-        """`(first, last + 1)` of slots that lie one after another in the file: a system call each."""
+        """`(first, last + 1)` of slots that lie one after another in a file: a system call each."""
         if not self.row_bytes:
             return
         most = max(1, CALL_BYTES // self.row_bytes)
@@ -287,27 +478,37 @@ class DiskStore(Store):
         for a, b in zip([0, *cuts], [*cuts, len(slots)], strict=True):
             yield from ((c, min(c + most, b)) for c in range(a, b, most))
 
-    def _read(self, rows, into, slots):
+    def read(self, rows: np.ndarray, into: np.ndarray, slots: np.ndarray) -> None:
+        self.own()
         order = np.argsort(slots)
         into, slots = into[order], slots[order]
         for a, b in self._runs(slots):
-            views, at = [rows[i] for i in into[a:b]], int(slots[a]) * self.row_bytes
+            if a == b:
+                continue
+            views, (path, file) = [rows[i] for i in into[a:b]], self.files[int(slots[a]) // FILE]
+            at = int(slots[a]) % FILE * self.row_bytes
             for c in range(0, len(views), 1024):  # as many as a call takes
-                some = views[c : c + 1024]
-                if os.preadv(self._file, some, at + c * self.row_bytes) != len(some) * self.row_bytes:
-                    raise OSError(
-                        f"{self.path} has {os.fstat(self._file).st_size} bytes; allowed: {self.nbytes}, as written"
-                    )
+                some, here = views[c : c + 1024], at + c * self.row_bytes
+                if os.preadv(file, some, here) != len(some) * self.row_bytes:
+                    end = here + len(some) * self.row_bytes
+                    raise OSError(f"{path} has {os.fstat(file).st_size} bytes; allowed: at least {end}, as written")
 
-    def _write(self, rows, slots):
+    def write(self, rows: np.ndarray, slots: np.ndarray) -> None:
         order = np.argsort(slots)
         if (np.diff(order) != 1).any():
             rows, slots = rows[order], slots[order]
         for a, b in self._runs(slots):
-            left, at = memoryview(rows[a:b]).cast("B"), int(slots[a]) * self.row_bytes
+            left, at = rows[a:b].data.cast("B"), int(slots[a]) * self.row_bytes if a < b else 0
             while len(left):
-                done = os.pwrite(self._file, left, at)
+                done = os.pwrite(self.own(), left, at)
                 left, at = left[done:], at + done
+
+
+def _part(process: int | None = None, processes: int | None = None) -> str:
+    """What names of files end in, of several processes."""
+    processes = jax.process_count() if processes is None else processes
+    process = jax.process_index() if process is None else process
+    return "" if processes == 1 else f"-{process}-of-{processes}"
 
 
 @functools.partial(jax.jit, donate_argnames=("other",))

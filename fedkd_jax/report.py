@@ -18,6 +18,9 @@ def records(history: History, counts: np.ndarray, clients: int, *, of_clients: S
     """One flat record per evaluation: round, traffic so far, and each model's metrics over all test examples
     (`model/metric`) and averaged over clients (`model/metric_per_client`).
 
+    Where clients may fail there are also, of all rounds so far, how many were asked, the messages that counted, and the seconds
+    that the server waited for them, one round after another.
+
     `bytes_per_client` adds up both directions over all rounds so far and divides by the population, as the paper does.
 
     Args:
@@ -39,6 +42,8 @@ def records(history: History, counts: np.ndarray, clients: int, *, of_clients: S
     """
     rounds = history.rounds
     traffic = {name: np.cumsum(np.asarray(getattr(rounds, name), np.int64).sum(axis=1)) / clients for name in _TRAFFIC}
+    turn = rounds.turn or None
+    waited = np.zeros(0) if turn is None else np.where(turn.counted, turn.seconds, 0).max(axis=1)
     done = history.evaluations[-1]["round"] - len(rounds.ids) if history.evaluations else 0
     out = []
     for evaluation in history.evaluations:
@@ -50,8 +55,13 @@ def records(history: History, counts: np.ndarray, clients: int, *, of_clients: S
             "floats_per_client": float(traffic["uplink_floats"][row] + traffic["downlink_floats"][row]),
             "not_finite": int((~np.asarray(rounds.finite[: row + 1])).sum()),
         }
+        there = np.ones(rounds.ids.shape[1], bool)
+        if turn is not None:
+            there = turn.present[row]
+            record["asked"], record["counted"] = (int(x[: row + 1].sum()) for x in (turn.present, turn.counted))
+            record["simulated_seconds"] = float(waited[: row + 1].sum())
         for name in ("teacher_task", "student_task", "teacher_distill", "student_distill", "hidden"):
-            record[f"train/{name}"] = float(np.mean(getattr(rounds.terms, name)[row]))
+            record[f"train/{name}"] = float(np.mean(getattr(rounds.terms, name)[row][there])) if there.any() else np.nan
         for model, pooled in evaluation["pooled"].items():
             for metric, value in pooled.items():
                 values = evaluation[model][metric]
@@ -79,7 +89,8 @@ def table_rows(
     Returns:
         Rows of strings: method, model, metrics over all examples and the last of them per client, in percent, mean and
         standard deviation over seeds, traffic per client in bytes, up, down and both, and in the paper's float count, and how
-        many times less than the baseline each of the two is. For what is not quantised "less floats" is the paper's.
+        many times less than the baseline each of the two is. For what is not quantised "less floats" is the paper's. Where
+        clients may fail, the share of those asked whose message did not count, and the seconds that the server waited.
 
     Raises:
         ValueError: a method without a model that has them.
@@ -111,6 +122,9 @@ def table_rows(
             if baseline is not None:
                 for column, count in (("less", costs), ("less floats", floats)):
                     row[column] = f"{count[baseline] / count[method]:.1f}x" if sent and costs[baseline] else "-"
+            if "asked" in last[0]:
+                row["lost %"] = _mean_std([100 * (1 - r["counted"] / max(r["asked"], 1)) for r in last])
+                row["simulated s"] = _mean_std([r["simulated_seconds"] for r in last])
             rows.append(row)
     return rows
 

@@ -78,7 +78,7 @@ def simulate(
     Raises:
         ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's, a store that
             is not empty, `eval_ids` that are not the test's or not in 0..N-1, a `group` below 1 or without a store, a
-            participation that does not suit the numbers of clients.
+            participation that does not suit the numbers of clients, several processes without a store or a mesh.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -95,6 +95,10 @@ def simulate(
     init_key, run_key = jax.random.split(key)
     layout, participation = algorithm.layout or Layout(), participation or Participation()
     participation.check(clients, cohort or clients)
+    if jax.process_count() > 1 and (layout.mesh is None or (store is None and not isinstance(population, State))):
+        raise ValueError(
+            f"store is {store} and layout.mesh {layout.mesh} in several processes; allowed: a store and a mesh over all devices"
+        )
     store, state = _begin(algorithm, population, data, store, init_key)
     if group is not None and (group < 1 or store is None):
         raise ValueError(
@@ -115,11 +119,11 @@ def simulate(
         on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
     )
     if store is not None:
-        store.round = None
         more: dict[str, Any] = dict(
             cohort=cohort or clients, last=first + rounds, participation=participation, group=group
         )
         with Stream(algorithm, store, data, run_key, **more) as stream:
+            store.round = None
             state, (history,) = loop(stream.run, None if evaluate_fn is None else stream.flushed(evaluate_fn))
         store.round = first + rounds
         return state, history

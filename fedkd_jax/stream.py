@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from fedkd_jax.data import stack_clients, take_clients
 from fedkd_jax.data.federated import population_size
-from fedkd_jax.parallel import AXIS, Layout, known_to_all, local_rows, place, place_rows
+from fedkd_jax.parallel import AXIS, Layout, known_to_all, local_rows, place, place_rows, split_over
 from fedkd_jax.participation import Participation
 from fedkd_jax.population import Store, select_clients
 from fedkd_jax.rounds import Round
@@ -46,7 +46,7 @@ class Stream:
         cohort: clients per round K.
         last: the number of the last round, plus one; nothing is read ahead for it.
         participation: who takes part, and how.
-        group: so many clients at a time, or a few less, that groups be of one size; all by default.
+        group: so many clients at a time, or fewer, that groups be of sizes that differ by one at most; all by default.
 
     Raises:
         ValueError: groups of an algorithm whose round is no `Round`.
@@ -139,12 +139,11 @@ class Stream:
             )
             return made, rest
 
-        reports, summed = [], None
+        (ids, turn), reports, summed = self._cohort(t), [], None
         for g in range(len(self.places)):
             report, some = self._between(t, g, train)
             reports.append(report)
             summed = some if summed is None else _add(summed, some)
-        ids, turn = self._cohort(t)
         places = np.argsort(np.concatenate(self.places))
         return self._waited_for(
             _finish_round(
@@ -280,13 +279,13 @@ def _of_cohort(data: FederatedData, ids) -> FederatedData:
 def _one_round(server, clients, data: FederatedData, ids, key, turn=None, *, round_fn, layout):
     more = () if turn is None else (turn,)
     server, clients, info = jax.jit(round_fn)(server, clients, _of_cohort(data, ids), ids, key, *more)
-    return known_to_all(server, layout), clients, known_to_all(info, layout)
+    return known_to_all(server, layout), split_over(clients, layout), known_to_all(info, layout)
 
 
 @functools.partial(jax.jit, static_argnames=("train_fn", "layout"), donate_argnames=("clients",))
 def _train_group(server, clients, data: FederatedData, ids, key, turn=None, *, train_fn, layout):
     clients, reports, summed = train_fn(server, clients, _of_cohort(data, ids), ids, key, turn)
-    return clients, known_to_all(reports, layout), known_to_all(summed, layout)
+    return split_over(clients, layout), known_to_all(reports, layout), known_to_all(summed, layout)
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)

@@ -238,7 +238,7 @@ class Turn:
     True
     """
 
-    work: Leaf  # [], in (0, 1], the share of its local steps that the client makes
+    work: Leaf  # [], in (0, 1], the share of its local steps that the client makes; 0 of who is not present
     sends: Leaf  # [] bool; False: it trains, but its message gets lost
     seconds: Leaf  # [], until its message is there
     present: Leaf = True  # [] bool; False: nobody is in this place of the cohort, as too few were available
@@ -273,7 +273,7 @@ class ClientState:
     """
 
     teacher: Params = ()
-    projection: tuple[Leaf, ...] = ()  # W_h, one [d_student, d_teacher] per matched layer
+    projection: PyTree = ()  # W_h, a tuple with one [d_student, d_teacher] per matched layer
     teacher_opt: PyTree = ()
     projection_opt: PyTree = ()
     student_opt: PyTree = ()  # only where it persists from round to round

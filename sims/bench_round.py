@@ -35,8 +35,8 @@ from fedkd_jax.cohort import put, sample_cohort, take
 from fedkd_jax.data import take_clients
 from fedkd_jax.local import local_steps
 from fedkd_jax.losses import cross_entropy
-from fedkd_jax.parallel import Layout, map_clients
-from fedkd_jax.population import init_state, place_clients, place_data
+from fedkd_jax.parallel import Layout, map_clients, place_rows
+from fedkd_jax.population import init_state, place_data
 from fedkd_jax.svd import sketch_columns
 from fedkd_jax.types import Batch, FederatedData, Key, Model, PyTree, State
 from sims import bench_svd, limits
@@ -117,7 +117,7 @@ def factor_products(updates: PyTree, layout: Layout) -> Callable[[], PyTree]:
             which = bench_svd.limit(found, columns)
             products[name] = bench_svd.products(columns, most)[which]
     run = bench_svd.split(lambda own: {name: jax.vmap(products[name])(x) for name, x in own.items()}, layout)
-    placed = place_clients(matrices, layout)
+    placed = place_rows(matrices, layout)
     return lambda: jax.block_until_ready(run(placed))
 
 
@@ -131,16 +131,13 @@ class Part(NamedTuple):
 def make_parts(kind: str, cohort: int, layout: Layout, repeats: int, folder: str) -> dict[str, Part]:
     """The parts of a round, all of local work as one; each may be called `repeats` times, and once before. The disk store is
     in `folder`.
-
-    >>> list(make_parts("mlp", 2, Layout(), 0, tempfile.mkdtemp()))[:4]
-    ['batches', 'teacher steps', 'student steps', 'local work']
     """
     (model, shape), algorithm, key = MODELS[kind], make_algorithm("FedKD", kind, layout), jax.random.key(0)
     state, data = init_state(algorithm, FOLD * cohort, key), place_data(make_data(kind, FOLD * cohort), layout)
     ids = sample_cohort(key, 0, FOLD * cohort, cohort)
     get = jax.jit(lambda population: take(population, ids))
-    own, student, clients = take_clients(data, ids), state.server.params, place_clients(get(state.clients), layout)
-    nothing = place_clients(jax.tree.map(lambda x: jnp.zeros((cohort, *x.shape)), student), layout)
+    own, student, clients = take_clients(data, ids), state.server.params, place_rows(get(state.clients), layout)
+    nothing = place_rows(jax.tree.map(lambda x: jnp.zeros((cohort, *x.shape)), student), layout)
     copy = functools.partial(jax.tree.map, jnp.copy)  # of what is consumed
     split = lambda fn: jax.jit(lambda stack: map_clients(lambda x: (fn(x), ()), (stack,), layout=layout)[0])  # noqa: E731
 
@@ -203,7 +200,7 @@ def make_parts(kind: str, cohort: int, layout: Layout, repeats: int, folder: str
     own_data = EXAMPLES * limits.nbytes((one.inputs[0], one.labels[0])) * cohort
     parts = {
         "batches": Part(
-            local(idle, place_clients(jnp.zeros(cohort), layout), ()), ((limits.stream(own_data, layout), 1.0),)
+            local(idle, place_rows(jnp.zeros(cohort), layout), ()), ((limits.stream(own_data, layout), 1.0),)
         ),
         "teacher steps": Part(local(teach, clients.teacher, ()), steps_limits(alone, student)),
         "student steps": Part(local(study, (), student), steps_limits(alone, student)),

@@ -78,6 +78,7 @@ class Case:
     cohort: int
     store: str
     devices: int
+    group: int | None = None  # of a cohort's states that are on the devices at a time
 
 
 @functools.cache
@@ -105,10 +106,8 @@ def make_algorithm(devices: int) -> Algorithm:
 class Run:
     """A case that goes on at each call, and what was seen of its rounds: all cohorts and their examples, and times.
 
-    >>> run = Run(Case(50, 4, "host", 1), tempfile.mkdtemp())
-    >>> run(3)
-    >>> len(run.store), run.cohorts.shape, len(run.seconds)
-    (12, (3, 4), 2)
+    >>> Run(Case(50, 4, "host", 1), tempfile.mkdtemp()).cohorts.shape
+    (0, 4)
     """
 
     def __init__(self, case: Case, folder: str):
@@ -134,6 +133,7 @@ class Run:
             rounds=rounds,
             cohort=self.case.cohort,
             store=None if self.state else self.store,
+            group=self.case.group,
             on_rounds=on_rounds,
         )
         self.cohorts = np.concatenate([self.cohorts, history.rounds.ids])
@@ -209,7 +209,7 @@ def groups(devices: int, quick: bool) -> dict[str, list[Case]]:
     """What is compared with what: cases that differ in one thing and in where states are.
 
     >>> {varied: sum(case.store == "disk" for case in cases) for varied, cases in groups(2, quick=False).items()}
-    {'population': 4, 'cohort': 3, 'devices': 2}
+    {'population': 4, 'devices': 2, 'group': 4, 'cohort': 3}
     """
     populations, cohorts, cohort = ((10**3, 10**4), (16, 64), 16) if quick else (POPULATIONS, (64, 256, 1024), 256)
     row_bytes = limits.nbytes(jax.eval_shape(make_algorithm(1).init_clients, jax.random.key(0), jnp.arange(1)))
@@ -219,10 +219,13 @@ def groups(devices: int, quick: bool) -> dict[str, list[Case]]:
     base = {store: min(sizes[store][-1], 10**5) for store in STORES}
     compared = {
         "population": [Case(n, cohort, store, devices) for store in STORES for n in sizes[store]],
-        "cohort": [Case(base[s], k, s, devices) for s in STORES for k in cohorts if k <= base[s]],
         "devices": [Case(base[s], cohort, s, d) for s in STORES for d in sorted({1, devices})],
+        "group": [
+            Case(base["disk"], cohorts[-1], "disk", devices, g) for g in (None, *(cohorts[-1] // n for n in (2, 4, 8)))
+        ],
+        "cohort": [Case(base[s], k, s, devices) for s in STORES for k in cohorts if k <= base[s]],
     }
-    return {varied: cases for varied, cases in compared.items() if not quick or varied != "devices"}
+    return {varied: cases for varied, cases in compared.items() if not quick or varied not in ("devices", "group")}
 
 
 def bench_scale(devices: int, quick: bool) -> Iterator[dict]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedkd_jax import Layout, plots, report, simulate, simulate_seeds
+from fedkd_jax.build import build_participation
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.population import Store
 from fedkd_jax.tasks import Clients
@@ -50,6 +51,13 @@ class Options:
     # runs, those that have taken part; "auto" is the first that holds them
     store: Literal["auto", "device", "host", "disk"] = "auto"
     chunk: str = "auto"  # clients trained at once on a device: a number, "auto" by platform, or "measure" to time some
+    # with a store, clients of a cohort whose states are on the devices at a time: a number, or "auto", all that fit
+    group: str = "auto"
+    # sims.run: this is one of several processes, each of which has a part of the clients: "auto" where SLURM, MPI, Kubernetes
+    # or a TPU pod tells which, or "HOST:PORT,COUNT,INDEX"; needs `out`, a folder that all of them see; `devices` are then
+    # those of a process
+    processes: str | None = None
+    memory: float | None = None  # GB that a device may take, for "auto"; by default what an accelerator has
 
 
 def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Options]:
@@ -84,6 +92,14 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
         raise ValueError(f"store is {chosen.store!r} with seeds_at_once; allowed: 'auto' or 'device'")
     if chosen.seeds_at_once and program != "compare":
         raise ValueError("seeds_at_once is True; allowed: False, or for sims.compare")
+    if chosen.processes is not None and chosen.chunk == "measure":
+        raise ValueError("chunk is 'measure' with processes; allowed: a number or 'auto'")
+    if chosen.processes is not None and (program != "run" or chosen.out is None):
+        raise ValueError(f"processes is {chosen.processes!r}; allowed: null, or for sims.run with a folder as --out")
+    if chosen.group != "auto" and not (chosen.group.isdigit() and int(chosen.group) > 0):
+        raise ValueError(f"group is {chosen.group!r}; allowed: a number from 1 up, or 'auto'")
+    if chosen.memory is not None and not chosen.memory > 0:
+        raise ValueError(f"memory is {chosen.memory}; allowed: more than 0 GB")
     if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdigit() and int(chosen.chunk) > 0):
         raise ValueError(f"chunk is {chosen.chunk!r}; allowed: a number from 1 up, 'auto' or 'measure'")
     return experiment, chosen
@@ -149,6 +165,7 @@ def run_method(
     on_record: Callable[[int, dict], None],
     layout: Layout | None = None,
     store: Store | None = None,
+    group: int | None = None,
 ) -> list[list[report.Record]]:
     """Runs one method under a progress bar; returns the records of each seed.
 
@@ -159,6 +176,7 @@ def run_method(
         on_record: gets the seed and the record of each evaluation as it comes.
         layout: of `placement.seeds_layout`.
         store: where the clients' states are to live, if not on the device.
+        group: how many of a cohort's are then on the devices at a time, if not all.
 
     >>> from fedkd_jax.build import build_algorithm, build_data
     >>> from fedkd_jax.config import DataConfig
@@ -207,6 +225,7 @@ def run_method(
     if layout is None:
         (key,) = keys
         options |= dict(on_evaluation=lambda history: on_evaluation([history]), store=store, eval_ids=clients.eval_ids)
+        options |= dict(participation=build_participation(config), group=group)
         _, history = simulate(algorithm, size, clients.source or clients.train, key, **options)
         return records([history])
     options |= dict(on_evaluation=on_evaluation, layout=layout)

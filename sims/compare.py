@@ -130,7 +130,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                 if done.exists():
                     progress.add_task(f"{name}, seed {seed}: done before", total=config.rounds, completed=config.rounds)
             left = [seed for seed, done in files.items() if not done.exists()]
-            at_once = placement.seeds_layout(options, len(left), algorithms[name], clients, layout)
+            at_once = placement.seeds_layout(
+                options, len(left), algorithms[name], clients, layout, config.participation
+            )
             if options.seeds_at_once and len(left) > 1 and at_once is None:
                 common.console.print(
                     f"{name}: its seeds run one by one, for want of memory, for more devices than seeds, or for eval_clients"
@@ -147,7 +149,11 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
                 label = f"{name}, seed{'s' if at_once else ''} {', '.join(map(str, seeds))}"
                 with placement.open_store("device" if at_once else stores[name], folder) as store:
-                    common.run_method(config, algorithm, clients, seeds, label, progress, on_record, at_once, store)
+                    cohort = config.cohort or clients.size
+                    group = None if store is None else placement.choose_group(options, algorithm, cohort)
+                    common.run_method(
+                        config, algorithm, clients, seeds, label, progress, on_record, at_once, store, group
+                    )
                 for seed, partial in partials.items():
                     partial.replace(files[seed])
             for seed, done in files.items():

@@ -59,14 +59,14 @@ def available_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """What all devices together have for arrays: their own memory, or on a CPU that of the machine.
+    """What all devices of this process together have for arrays: their own memory, or on a CPU that of the machine.
 
     >>> memory_bytes() > 10**9
     True
     """
     import jax
 
-    own = [device.memory_stats() or {} for device in jax.devices()]
+    own = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("bytes_limit" in stats for stats in own):
         return sum(stats["bytes_limit"] for stats in own)
     return host_memory_bytes()
@@ -88,6 +88,47 @@ def peak_memory_bytes() -> int:
     True
     """
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def start_processes(processes: str | None) -> None:
+    """Makes this one of several processes that run a program together: "auto" where SLURM, MPI, Kubernetes or a TPU pod tells
+    which, or "HOST:PORT,COUNT,INDEX". Before JAX is used.
+
+    Raises:
+        ValueError: something else.
+
+    >>> start_processes(None)
+    >>> try: start_processes("node0")
+    ... except ValueError as error: print(error)
+    processes is 'node0'; allowed: 'auto' or 'HOST:PORT,COUNT,INDEX'
+    """
+    import jax
+
+    if processes is None:
+        return
+    if processes == "auto":
+        jax.distributed.initialize()
+        return
+    parts = processes.split(",")
+    if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
+        raise ValueError(f"processes is {processes!r}; allowed: 'auto' or 'HOST:PORT,COUNT,INDEX'")
+    jax.distributed.initialize(parts[0], num_processes=int(parts[1]), process_id=int(parts[2]))
+
+
+def agreed(value: int | None) -> int | None:
+    """The first process's value, where several choose by what each has.
+
+    >>> agreed(3), agreed(None)
+    (3, None)
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    first = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
+    return None if first < 0 else first
 
 
 def make_devices(devices: int | None) -> None:
@@ -121,6 +162,10 @@ def choose_devices(devices: int | None, cohort: int) -> int:
 
     make_devices(devices)
     there = len(jax.devices())
+    if jax.process_count() > 1:
+        if cohort % there:
+            raise ValueError(f"cohort is {cohort} on {there} devices of several processes; allowed: a multiple")
+        return there
     if devices is not None and devices > there:
         raise ValueError(f"devices is {devices}; allowed: 1 to {there} on this {jax.default_backend()}")
     return devices or min(there, cohort)

@@ -6,13 +6,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from fedkd_jax import DiskStore, HostStore, Layout, client_mesh, init_state, report, simulate
+from fedkd_jax import DiskStore, HostStore, Layout, client_mesh, report, simulate
 from fedkd_jax.build import build_algorithm
-from fedkd_jax.config import Experiment
-from fedkd_jax.population import Store
+from fedkd_jax.config import Experiment, ParticipationConfig
+from fedkd_jax.data import take_clients
+from fedkd_jax.population import Store, state_shapes
+from fedkd_jax.rounds import Round
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm
 from sims import hardware
@@ -32,6 +37,10 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     devices = hardware.choose_devices(options.devices, cohort)
     mesh = client_mesh(devices) if devices > 1 else None
     if options.chunk == "auto":
+        limit = device_bytes(options)
+        if limit is not None:
+            fitting = fit_chunk(config, options, clients, -(-cohort // devices), limit)
+            return Layout(mesh=mesh, chunk=hardware.agreed(fitting))
         # under vmap all clients of a chunk take as many steps as the largest of them
         ragged = clients.train.count.max() > 2 * clients.train.count.mean()
         return Layout(mesh=mesh, chunk=1 if ragged and jax.default_backend() == "cpu" else None)
@@ -47,6 +56,69 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     for layout, seconds in times.items():
         console.print(f"  chunk {layout.chunk}: {1e3 * seconds:.1f} ms a round")
     return min(times, key=lambda layout: times[layout])
+
+
+def device_bytes(options: Options) -> float | None:
+    """What a device may take: as asked for, or what an accelerator has; a CPU's is None, the machine's memory.
+
+    >>> device_bytes(Options(memory=2.0))
+    2000000000.0
+    """
+    if options.memory is not None:
+        return 1e9 * options.memory
+    return None if jax.default_backend() == "cpu" else hardware.memory_bytes() / jax.local_device_count()
+
+
+def fit_chunk(config: Experiment, options: Options, clients: Clients, most: int, limit: float) -> int | None:
+    """How many clients train at once on a device so that what they need beside their states is half of `limit` bytes; None
+    where that is `most`, all. Compiles a round of two clients and of three, to see what each needs; one is not under `vmap`.
+
+    >>> from fedkd_jax.build import build_data
+    >>> config = Experiment()
+    >>> fit_chunk(config, Options(), build_data(config), 20, 1e12) is None
+    True
+    """
+    method = config.methods[options.method or next(iter(config.methods))]
+
+    def needed(chunk: int) -> int:
+        algorithm = build_algorithm(config, method, clients, Layout(chunk=chunk))
+        ids, key = jnp.arange(chunk), jax.random.key(0)
+        data = clients.train if clients.source is None else clients.source.take(np.arange(chunk))
+        args = (algorithm.init_server, algorithm.init_clients)
+        server, states = jax.eval_shape(lambda k: (args[0](k), args[1](k, ids)), key)
+        lowered = jax.jit(algorithm.round).lower(server, states, take_clients(data, np.arange(chunk)), ids, key)
+        analysis: Any = lowered.compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    if min(most, clients.size) < 3:
+        return None
+    two, three = needed(2), needed(3)
+    fitting = 2 + int((limit / 2 - two) / max(three - two, 1)) if two <= limit / 2 else 1
+    return None if fitting >= most else fitting
+
+
+def choose_group(options: Options, algorithm: Algorithm, cohort: int) -> int | None:
+    """With a store, how many of a cohort's states are on the devices at a time, None for all: as asked for, or so many that
+    what is trained, read ahead and written back takes half of the devices' memory, which on a CPU is half of the machine's.
+    Also all of a method whose round is not in two parts.
+
+    >>> from fedkd_jax import local_only, mlp
+    >>> import optax
+    >>> algorithm = local_only(mlp((4, 2)), optimizer=optax.sgd(0.1), batch=2)
+    >>> choose_group(Options(memory=1e-6), algorithm, 64), choose_group(Options(), algorithm, 64)
+    (4, None)
+    """
+    if not isinstance(algorithm.round, Round):
+        return None
+    if options.group != "auto":
+        return min(int(options.group), cohort)
+    devices = (algorithm.layout or Layout()).devices
+    limit = device_bytes(options)
+    there = hardware.host_memory_bytes() / 2 if limit is None else limit * devices
+    shapes = jax.eval_shape(algorithm.init_clients, jax.random.key(0), jnp.arange(1))
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    fitting = max(devices, int(there / 2 / max(3 * each, 1)))
+    return hardware.agreed(None if fitting >= cohort else fitting)
 
 
 def choose_stores(
@@ -77,14 +149,20 @@ def choose_stores(
     chosen = {}
     for name, algorithm in algorithms.items():
         every = _state_bytes(algorithm, clients)
-        held = {"device": every, "host": every * touched // size, "disk": every * touched // size}
+        held = {
+            "device": every,
+            "host": every * touched // size // jax.process_count(),
+            "disk": every * touched // size,
+        }
         places = list(limits) if options.store == "auto" else [options.store]
-        if clients.source is not None and "device" in places:  # rounds with all states there want all examples there
+        several = (
+            jax.process_count() > 1
+        )  # rounds with all states on the device want all examples there, and one process
+        if (clients.source is not None or several) and "device" in places:
             places.remove("device")
             if not places:
-                raise ValueError(
-                    "store is 'device' for clients who are made when their turn comes; allowed: 'auto', 'host', 'disk'"
-                )
+                why = "several processes" if several else "clients who are made when their turn comes"
+                raise ValueError(f"store is 'device' for {why}; allowed: 'auto', 'host', 'disk'")
         fits = [place for place in places if held[place] <= limits[place][0]]
         if not fits:
             limit, what = limits[places[-1]]
@@ -116,11 +194,18 @@ def open_store(where: str, folder: pathlib.Path) -> Iterator[Store | None]:
 
 
 def _state_bytes(algorithm: Algorithm, clients: Clients) -> int:
-    state = jax.eval_shape(lambda: init_state(algorithm, clients.size, jax.random.key(0)))
+    state = state_shapes(algorithm, clients.size)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Clients, layout: Layout) -> Layout | None:
+def seeds_layout(
+    options: Options,
+    seeds: int,
+    algorithm: Algorithm,
+    clients: Clients,
+    layout: Layout,
+    participation: ParticipationConfig = ParticipationConfig(),
+) -> Layout | None:
     """How so many seeds of a method run at once; None where one runs after another, its clients split over the devices.
 
     Seeds are split over the devices, if that gives more than half of them one. On an accelerator those of a device run under
@@ -137,6 +222,8 @@ def seeds_layout(options: Options, seeds: int, algorithm: Algorithm, clients: Cl
     if not options.seeds_at_once or seeds < 2 or 2 * seeds <= layout.devices:
         return None
     if clients.eval_ids is not None:  # `simulate_seeds` has everybody's examples and states on the device
+        return None
+    if participation != ParticipationConfig():  # and everybody takes part with all of it
         return None
     states = -(-seeds // devices) * devices * _state_bytes(algorithm, clients)
     one = hardware.memory_bytes() / (1 if on_cpu else jax.device_count())  # they are made on one device, and held twice

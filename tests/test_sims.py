@@ -106,6 +106,37 @@ def test_devices_and_chunks_give_the_same_numbers(tmp_path):
                 np.testing.assert_allclose(other[key], ends[0][key], rtol=1e-3, err_msg=key)
 
 
+def test_clients_may_fail_and_cohorts_go_in_groups(tmp_path):
+    path, trace = str(ROOT / "configs" / "digits.yaml"), tmp_path / "trace.npy"
+    np.save(trace, np.arange(20)[None] % 2 == np.arange(2)[:, None])  # the even ones, then the odd ones
+    short = ["--rounds", "3", "--eval-every", "3", "--cohort", "8", "--devices", "1", "--store", "host", "--group", "3"]
+    flags = ["--participation.trace", str(trace), "--participation.spread", "1.0", "--participation.first", "6"]
+    argv = [path, "--method", "FedAvg of the student", *short, *flags]
+    folder = run.main([*argv, "--out", str(tmp_path / "out")])
+    (record,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert (record["asked"], record["counted"]) == (24, 18)
+    assert record["simulated_seconds"] > 0
+    assert "25.00" in (folder / "table.md").read_text()  # % lost
+    assert load_config(folder / "config.yaml").participation.first == 6
+    np.save(trace, np.zeros((2, 3)))
+    with pytest.raises(
+        SystemExit, match=r"participation.trace is .*; allowed: \[T, G\] bool with some true, not float64"
+    ):
+        run.main([*argv, "--out", str(tmp_path / "other")])
+
+
+def test_what_a_device_may_take_decides_how_many_clients_train_at_once():
+    config, options = common.parse("run", [str(ROOT / "configs" / "digits.yaml"), "--devices", "1"])
+    config = dataclasses.replace(config, methods={"local": config.methods["local only"]})
+    sizes = []
+    for memory in (1e-9, 0.02, 1e3):
+        own = dataclasses.replace(options, memory=memory)
+        sizes.append(placement.choose_layout(config, own, common_data(config)).chunk)
+    assert sizes[0] == 1
+    assert 1 < sizes[1] < 20
+    assert sizes[2] is None
+
+
 def run_program(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(

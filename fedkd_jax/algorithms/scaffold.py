@@ -21,7 +21,7 @@ from fedkd_jax.local import count_steps, local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
-from fedkd_jax.rounds import federated_round
+from fedkd_jax.rounds import Round, federated_round
 from fedkd_jax.types import Algorithm, Array, ClientState, Codec, Key, LocalResult, Model, Number, ServerState
 
 
@@ -123,17 +123,25 @@ def scaffold(
             terms=task_terms(student=loss),
         )
 
+    base = federated_round(
+        local,
+        uplink=uplink,
+        downlink=downlink,
+        weight_fn=lambda count: jnp.ones((), jnp.float32),
+        server_optimizer=server_optimizer,
+        layout=layout,
+    )
+
+    def finish(server: ServerState, reports, summed, ids, key, turn=None):
+        # c <- c + |S| / N mean of c_i' - c_i, and S are those who are counted
+        total, counted = summed
+        total = {**total, "control": optax.tree.scale(counted / ids.shape[0], total["control"])}
+        return base.finish(server, reports, (total, counted), ids, key, turn)
+
     return Algorithm(
         init_server=init_server,
         init_clients=init_clients,
-        round=federated_round(
-            local,
-            uplink=uplink,
-            downlink=downlink,
-            weight_fn=lambda count: jnp.ones((), jnp.float32),
-            server_optimizer=server_optimizer,
-            layout=layout,
-        ),
+        round=Round(base.train, finish),
         predict={
             "model": Predictor(
                 model, lambda server, client: merge_params(server.params["model"], server.frozen["model"])
