@@ -10,7 +10,9 @@ model takes twice as long.
 import contextlib
 import importlib.metadata
 import os
+import pathlib
 import platform
+import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -87,6 +89,9 @@ def peak_memory_bytes() -> int:
     >>> peak_memory_bytes() > 10**7
     True
     """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # of this program alone: getrusage also counts what the process held before it became it
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
