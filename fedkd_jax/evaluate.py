@@ -20,7 +20,7 @@ from fedkd_jax.types import Algorithm, FederatedData, Leaf, Predict, PyTree, Sta
 
 METRICS: Mapping[str, AnyMetric] = {"accuracy": accuracy, "loss": cross_entropy}
 RESERVED = ("round", "pooled")
-GROUP_BYTES = 2**28  # of states out of a store, at a time
+GROUP_BYTES = 2**26  # of states out of a store, at a time
 
 
 def evaluate(
