@@ -73,7 +73,8 @@ from fedkd_jax.algorithms import (
     mutual_learning,
     scaffold,
 )
-from fedkd_jax.population import DiskStore, HostStore, init_state
+from fedkd_jax.population import init_state
+from fedkd_jax.stores import DiskStore, HostStore
 from fedkd_jax.evaluate import evaluate, evaluate_seeds
 from fedkd_jax.metrics import Metric, accuracy, binary_f1, entity_f1, ranking, token_accuracy
 from fedkd_jax.simulate import simulate, simulate_seeds

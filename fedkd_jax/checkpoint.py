@@ -13,7 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from fedkd_jax.parallel import Layout
-from fedkd_jax.population import Store, state_shapes
+from fedkd_jax.population import state_shapes
+from fedkd_jax.stores import Store
 from fedkd_jax.types import Algorithm, Key, PyTree, State
 
 

@@ -15,7 +15,7 @@ from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, accuracy, as_metric
 from fedkd_jax.models import Predictor
 from fedkd_jax.parallel import Layout, known_to_all, map_clients
-from fedkd_jax.population import Store
+from fedkd_jax.stores import Store
 from fedkd_jax.types import Algorithm, FederatedData, Leaf, Predict, PyTree, State
 
 METRICS: Mapping[str, AnyMetric] = {"accuracy": accuracy, "loss": cross_entropy}

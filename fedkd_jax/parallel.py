@@ -245,6 +245,7 @@ def local_rows(tree: Any) -> Any:
     def rows(x):
         if jax.process_count() == 1 or x.is_fully_addressable:
             return np.asarray(x)
+        # not multihost_utils, which may run a program of all processes: this is called beside others
         shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start)
         return np.concatenate([np.asarray(shard.data) for shard in shards])
 
@@ -269,3 +270,42 @@ def known_to_all(tree: Any, layout: Layout) -> Any:
     """
     several = layout.mesh is not None and jax.process_count() > 1
     return jax.lax.with_sharding_constraint(tree, layout.sharding()) if several else tree
+
+
+def pair_places(
+    into: np.ndarray, source: np.ndarray, new: int, old: int, devices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `carry_over` takes, of clients who are in the places `into` of a cohort of `new`, in increasing order, and were in
+    the places `source` of one of `old`: places as each device counts its own, `[new]`, filled up with some past the end.
+
+    >>> [places.tolist() for places in pair_places(np.array([1, 2]), np.array([0, 3]), 4, 4, devices=2)]
+    [[1, 2, 0, 2], [0, 0, 1, 0]]
+    """
+    each, was = new // devices, old // devices
+    device = into // each
+    at = device * each + np.arange(len(into)) - np.searchsorted(device, device)
+    to, of = np.full(new, each, np.int32), np.zeros(new, np.int32)
+    to[at], of[at] = into - device * each, source - device * was
+    return to, of
+
+
+def carry_over(clients: PyTree, last: PyTree, into, source, *, layout: Layout, by_device: bool) -> PyTree:
+    """`clients[into] = last[source]`, places of `pair_places`; with `by_device` nobody goes from one device to another.
+
+    >>> pairs = pair_places(np.array([2]), np.array([0]), 3, 3, devices=1)
+    >>> carry_over(jnp.zeros(3), jnp.arange(7.0, 10.0), *pairs, layout=Layout(), by_device=True).tolist()
+    [0.0, 0.0, 7.0]
+    """
+
+    def put(clients, last, into, source):
+        return jax.tree.map(lambda x, y: x.at[into].set(y.at[source].get(mode="clip"), mode="drop"), clients, last)
+
+    if layout.mesh is None:
+        return put(clients, last, into, source)
+    if by_device:
+        split = PartitionSpec(AXIS)
+        put = jax.shard_map(put, mesh=layout.mesh, in_specs=split, out_specs=split, check_vma=False)
+        return put(clients, last, into, source)
+    new = put(clients, last, into, source)
+    even = into.shape[0] % layout.devices == 0
+    return jax.lax.with_sharding_constraint(new, layout.sharding(AXIS)) if even else new

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from fedkd_jax.cohort import client_key, sample_cohort
-from fedkd_jax.types import Array, Key, Leaf, Number, Turn
+from fedkd_jax.parallel import map_clients
+from fedkd_jax.types import Array, Key, Leaf, Number, PyTree, Turn
 
 AvailableFn = Callable[[Key, Leaf, Leaf], Leaf]  # (key, round, client id) -> [] bool
 TurnFn = Callable[[Key, Leaf, Leaf], Turn]  # (key, round, client id) -> Turn
@@ -85,7 +86,7 @@ class Participation:
         if self.available is None and self.turn is None and self.first is None:
             return ids, None
         reliable = lambda *_: Turn(work=1.0, sends=True, seconds=1.0)  # noqa: E731
-        turn = jax.vmap(lambda i: _filled((self.turn or reliable)(key, round, i)))(ids)
+        turn = _of_each(lambda i: _filled((self.turn or reliable)(key, round, i)), ids)
         sends, work, seconds = turn.sends & present, turn.work * present, turn.seconds * present
         counted = sends
         if self.first is not None:
@@ -94,6 +95,10 @@ class Participation:
             )  # the earlier of two at the same time: the smaller id
             counted = sends & (jnp.argsort(order) < self.first)
         return ids, Turn(work=work, sends=sends, seconds=seconds, present=present, counted=counted)
+
+
+def _of_each(fn: Callable, ids: Array) -> PyTree:
+    return map_clients(lambda i: (fn(i), ()), (ids,))[0]
 
 
 def _filled(turn: Turn) -> Turn:
@@ -128,8 +133,8 @@ def sample_strata(
         own = key if strata == 1 else client_key(key, _ALWAYS - 1, s)
         if available is None:
             return sample_cohort(own, round, size, share) + s * size, jnp.ones(share, bool)
-        there = jax.vmap(lambda i: jnp.asarray(available(key, round, i + s * size), bool))
-        ids, present = _sample_available(own, round, size, share, there)
+        asked = lambda i: jnp.asarray(available(key, round, i + s * size), bool)  # noqa: E731
+        ids, present = _sample_available(own, round, size, share, lambda ids: _of_each(asked, ids))
         return ids + s * size, present
 
     if strata == 1:

@@ -18,7 +18,8 @@ from fedkd_jax.evaluate import METRICS, evaluate, evaluate_seeds
 from fedkd_jax.metrics import AnyMetric
 from fedkd_jax.parallel import Layout, map_clients, place
 from fedkd_jax.participation import Participation
-from fedkd_jax.population import Store, init_server, init_state, place_data
+from fedkd_jax.population import init_server, init_state, place_data
+from fedkd_jax.stores import Store
 from fedkd_jax.stream import Stream
 from fedkd_jax.types import Algorithm, ClientSource, FederatedData, History, Key, RoundInfo, State
 

@@ -22,14 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from fedkd_jax.data import stack_clients, take_clients
 from fedkd_jax.data.federated import population_size
-from fedkd_jax.parallel import AXIS, Layout, known_to_all, local_rows, place, place_rows, split_over
+from fedkd_jax.parallel import carry_over, known_to_all, local_rows, pair_places, place, place_rows, split_over
 from fedkd_jax.participation import Participation
-from fedkd_jax.population import Store, select_clients
 from fedkd_jax.rounds import Round
+from fedkd_jax.stores import Store, select_clients
 from fedkd_jax.types import Algorithm, ClientSource, ClientState, FederatedData, Key, PyTree, RoundInfo, State, Turn
 
 BLOCK = 64  # rounds whose cohorts are drawn at a time
@@ -241,8 +240,7 @@ class Stream:
             clients = select_clients(fresh, self._begin(ids), clients)
         common, into, source = np.intersect1d(ids, last_ids, assume_unique=True, return_indices=True)
         if len(common):
-            devices = self.layout.devices if self._by_device else 1
-            pairs = _pairs(into, source, len(ids), len(last_ids), devices)
+            pairs = pair_places(into, source, len(ids), len(last_ids), self.layout.devices if self._by_device else 1)
             clients = _carry_over(clients, last, *pairs, layout=self.layout, by_device=self._by_device)
         return self._waited_for(clients), data
 
@@ -298,31 +296,4 @@ def _finish_round(server, reports: list, summed, ids, key, turn, places, *, fini
     return known_to_all(finish_fn(server, reports, summed, ids, key, turn), layout)
 
 
-def _pairs(into: np.ndarray, source: np.ndarray, new: int, old: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of clients that are in place `into` of `new`, in increasing order, and were in place `source` of `old`: the places
-    counted on each of the devices, `[new]`, padded with a place past the end."""
-    each, was = new // devices, old // devices
-    device = into // each
-    at = device * each + np.arange(len(into)) - np.searchsorted(device, device)
-    to, of = np.full(new, each, np.int32), np.zeros(new, np.int32)
-    to[at], of[at] = into - device * each, source - device * was
-    return to, of
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "by_device"), donate_argnames=("clients",))
-def _carry_over(clients: PyTree, last: PyTree, into, source, *, layout: Layout, by_device: bool) -> PyTree:
-    """`clients[into] = last[source]`; with `by_device` nobody goes from one device to another, and these are places on each."""
-
-    def put(clients, last, into, source):
-        return jax.tree.map(lambda x, y: x.at[into].set(y.at[source].get(mode="clip"), mode="drop"), clients, last)
-
-    if layout.mesh is None:
-        return put(clients, last, into, source)
-    if by_device:
-        split = PartitionSpec(AXIS)
-        return jax.shard_map(put, mesh=layout.mesh, in_specs=split, out_specs=split, check_vma=False)(
-            clients, last, into, source
-        )
-    new = put(clients, last, into, source)
-    even = into.shape[0] % layout.devices == 0
-    return jax.lax.with_sharding_constraint(new, layout.sharding(AXIS)) if even else new
+_carry_over = jax.jit(carry_over, static_argnames=("layout", "by_device"), donate_argnames=("clients",))

@@ -1,4 +1,5 @@
-"""`python -m sims.bench scale`: rounds of FedKD as in configs/million.yaml, with more clients, larger cohorts, more devices.
+"""`python -m sims.bench scale`: rounds of FedKD as in configs/million.yaml, with more clients, larger cohorts, more devices,
+and cohorts in groups.
 
 One thing is varied at a time, with clients' states on the device, in host memory and on disk. The clients are those of
 `synthetic(N)`: where states are in a store, a cohort's examples are made when its turn comes; on the device, those of all N are

@@ -20,7 +20,7 @@ from rich.text import Text
 from fedkd_jax import Layout, plots, report, simulate, simulate_seeds
 from fedkd_jax.build import build_participation
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
-from fedkd_jax.population import Store
+from fedkd_jax.stores import Store
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm, History
 

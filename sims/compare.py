@@ -32,7 +32,7 @@ import pyarrow.parquet
 from matplotlib.figure import Figure
 
 from fedkd_jax import report
-from fedkd_jax.build import build_algorithm, build_data, checkpoint_folder
+from fedkd_jax.build import build_algorithm, build_data, build_participation, checkpoint_folder
 from fedkd_jax.config import Experiment, MethodConfig, to_yaml
 from fedkd_jax.page import render
 from fedkd_jax.parallel import Layout
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         hardware.make_devices(options.devices)  # some data are made with JAX
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
+        build_participation(config)  # a file that is none is told now
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
         stores = placement.choose_stores(config, options, algorithms, clients)
         folder = common.run_folder(options, config.name)

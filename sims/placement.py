@@ -16,11 +16,12 @@ from fedkd_jax import DiskStore, HostStore, Layout, client_mesh, report, simulat
 from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import Experiment, ParticipationConfig
 from fedkd_jax.data import take_clients
-from fedkd_jax.population import Store, state_shapes
+from fedkd_jax.population import state_shapes
 from fedkd_jax.rounds import Round
+from fedkd_jax.stores import Store
 from fedkd_jax.tasks import Clients
 from fedkd_jax.types import Algorithm
-from sims import hardware
+from sims import hardware, limits
 from sims.common import Options, console
 
 
@@ -115,8 +116,7 @@ def choose_group(options: Options, algorithm: Algorithm, cohort: int) -> int | N
     devices = (algorithm.layout or Layout()).devices
     limit = device_bytes(options)
     there = hardware.host_memory_bytes() / 2 if limit is None else limit * devices
-    shapes = jax.eval_shape(algorithm.init_clients, jax.random.key(0), jnp.arange(1))
-    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    each = limits.nbytes(jax.eval_shape(algorithm.init_clients, jax.random.key(0), jnp.arange(1)))
     fitting = max(devices, int(there / 2 / max(3 * each, 1)))
     return hardware.agreed(None if fitting >= cohort else fitting)
 
@@ -194,8 +194,7 @@ def open_store(where: str, folder: pathlib.Path) -> Iterator[Store | None]:
 
 
 def _state_bytes(algorithm: Algorithm, clients: Clients) -> int:
-    state = state_shapes(algorithm, clients.size)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return limits.nbytes(state_shapes(algorithm, clients.size))
 
 
 def seeds_layout(

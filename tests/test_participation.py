@@ -21,7 +21,6 @@ from fedkd_jax import (
     Turn,
     available_by,
     available_with,
-    client_key,
     init_state,
     local_steps,
     sample_cohort,
@@ -114,7 +113,7 @@ def test_the_server_waits_for_the_first_of_those_who_send(seed, round, first):
     )
     own = jax.device_get(unreliable(dropout=0.3, stragglers=0.5, spread=1.0)(jax.random.key(seed), round, int(ids[0])))
     if turn.present[0]:  # of the client alone, whoever else is there
-        assert (turn.work[0], turn.seconds[0]) == (own.work, own.seconds)
+        np.testing.assert_allclose((turn.work[0], turn.seconds[0]), (own.work, own.seconds), rtol=1e-6)
 
 
 def test_how_often_clients_fail_is_as_was_asked_for():
@@ -186,8 +185,7 @@ def test_whoever_is_lost_leaves_no_trace_with_others(name, fate):
     whole, everybody, all_of_it = one_round(name, range(5))
     there = np.flatnonzero(fate == "counts")
     if name != "centralised":  # as if only they had been asked; their sum has zeros in between
-        broken = dict(zip(("lost", "late", "absent"), (np.nan,) * 3, strict=True))
-        assert set(fate[np.asarray(info.weight) == 0]) <= set(broken)
+        np.testing.assert_array_equal(np.asarray(info.weight) > 0, fate == "counts")
         for i in range(5):
             mine = strategies.one(clients, i)
             goes_on = strategies.one(everybody if fate[i] != "absent" else before.clients, i)
@@ -283,11 +281,3 @@ def test_what_is_refused():
     algorithm, _, _ = compiled("centralised")
     with pytest.raises(ValueError, match="group is 2 with a round that is not in two parts"):
         simulate(algorithm, 5, DATA, KEY, rounds=1, store=HostStore(), group=2)
-
-
-def test_a_clients_streams_are_its_own():
-    """Nothing of who is there or what it manages is drawn with the keys that its training gets."""
-    own = jax.random.split(client_key(KEY, 3, 7))
-    for stream in (2**31 - 1, 2**31 - 2):
-        used = jax.random.fold_in(client_key(KEY, 3, 7), stream)
-        assert not any(bool(used == key) for key in own)

@@ -1,4 +1,4 @@
-"""Laws of `fedkd_jax.population` and `fedkd_jax.stream`: where states live changes no bit; space follows who was sampled."""
+"""Laws of `fedkd_jax.population`, `stores` and `stream`: where states live changes no bit; space follows who was sampled."""
 
 import collections
 import functools
@@ -129,9 +129,9 @@ MADE = Algorithm(init_server=lambda key: None, init_clients=made, round=lambda *
 )
 def test_a_store_is_a_dict_of_clients(tmp_path_factory, cohorts, asked, disk, chunk, page):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedkd_jax.population.CHUNK_BYTES", chunk)
-        patch.setattr("fedkd_jax.population.CALL_BYTES", chunk)
-        patch.setattr("fedkd_jax.population.PAGE_BYTES", page)
+        patch.setattr("fedkd_jax.stores.CHUNK_BYTES", chunk)
+        patch.setattr("fedkd_jax.stores.CALL_BYTES", chunk)
+        patch.setattr("fedkd_jax.stores.PAGE_BYTES", page)
         store = DiskStore(tmp_path_factory.mktemp("states")) if disk else HostStore()
         store.open(MADE, KEY)
         oracle = {i: strategies.one(store.init(np.arange(10)), i) for i in range(10)}
