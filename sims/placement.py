@@ -40,8 +40,8 @@ def choose_layout(config: Experiment, options: Options, clients: Clients) -> Lay
     if options.chunk == "auto":
         limit = device_bytes(options)
         if limit is not None:
-            fitting = fit_chunk(config, options, clients, -(-cohort // devices), limit)
-            return Layout(mesh=mesh, chunk=hardware.agreed(fitting))
+            chunk = fit_chunk(config, options, clients, -(-cohort // devices), limit)
+            return Layout(mesh=mesh, chunk=hardware.agreed(chunk))
         # under vmap all clients of a chunk take as many steps as the largest of them
         ragged = clients.train.count.max() > 2 * clients.train.count.mean()
         return Layout(mesh=mesh, chunk=1 if ragged and jax.default_backend() == "cpu" else None)
@@ -73,11 +73,6 @@ def device_bytes(options: Options) -> float | None:
 def fit_chunk(config: Experiment, options: Options, clients: Clients, most: int, limit: float) -> int | None:
     """How many clients train at once on a device so that what they need beside their states is half of `limit` bytes; None
     where that is `most`, all. Compiles a round of two clients and of three, to see what each needs; one is not under `vmap`.
-
-    >>> from fedkd_jax.build import build_data
-    >>> config = Experiment()
-    >>> fit_chunk(config, Options(), build_data(config), 20, 1e12) is None
-    True
     """
     method = config.methods[options.method or next(iter(config.methods))]
 
@@ -93,9 +88,17 @@ def fit_chunk(config: Experiment, options: Options, clients: Clients, most: int,
 
     if min(most, clients.size) < 3:
         return None
-    two, three = needed(2), needed(3)
-    fitting = 2 + int((limit / 2 - two) / max(three - two, 1)) if two <= limit / 2 else 1
-    return None if fitting >= most else fitting
+    return fitting(needed(2), needed(3), limit / 2, most)
+
+
+def fitting(two: int, three: int, limit: float, most: int) -> int | None:
+    """How many clients fit into `limit` bytes, where two need so many and three so many; at least one, None for `most`.
+
+    >>> [fitting(100, 130, limit, 20) for limit in (90, 100, 190, 10_000)]
+    [1, 2, 5, None]
+    """
+    many = 2 + int((limit - two) / max(three - two, 1)) if two <= limit else 1
+    return None if many >= most else many
 
 
 def choose_group(options: Options, algorithm: Algorithm, cohort: int) -> int | None:
@@ -117,8 +120,8 @@ def choose_group(options: Options, algorithm: Algorithm, cohort: int) -> int | N
     limit = device_bytes(options)
     there = hardware.host_memory_bytes() / 2 if limit is None else limit * devices
     each = limits.nbytes(jax.eval_shape(algorithm.init_clients, jax.random.key(0), jnp.arange(1)))
-    fitting = max(devices, int(there / 2 / max(3 * each, 1)))
-    return hardware.agreed(None if fitting >= cohort else fitting)
+    group = max(devices, int(there / 2 / max(3 * each, 1)))
+    return hardware.agreed(None if group >= cohort else group)
 
 
 def choose_stores(

@@ -128,13 +128,8 @@ def test_clients_may_fail_and_cohorts_go_in_groups(tmp_path):
 def test_what_a_device_may_take_decides_how_many_clients_train_at_once():
     config, options = common.parse("run", [str(ROOT / "configs" / "digits.yaml"), "--devices", "1"])
     config = dataclasses.replace(config, methods={"local": config.methods["local only"]})
-    sizes = []
-    for memory in (1e-9, 0.02, 1e3):
-        own = dataclasses.replace(options, memory=memory)
-        sizes.append(placement.choose_layout(config, own, common_data(config)).chunk)
-    assert sizes[0] == 1
-    assert 1 < sizes[1] < 20
-    assert sizes[2] is None
+    options = dataclasses.replace(options, memory=0.02)
+    assert 1 < placement.choose_layout(config, options, common_data(config)).chunk < 20
 
 
 def run_program(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
