@@ -200,7 +200,7 @@ def one_by_one():
 def test_seeds_at_once_are_runs_one_by_one(chunk):
     """To the bit where one runs after another."""
     kept, traces, alone = one_by_one()
-    seen, heard = [], []
+    before, seen, heard = len(traces), [], []
     state, histories = simulate_seeds(
         kept,
         5,
@@ -222,7 +222,7 @@ def test_seeds_at_once_are_runs_one_by_one(chunk):
         chex.assert_trees_all_equal(tuple(evaluations[i] for evaluations in heard), histories[i].evaluations)
     assert len(histories) == 3
     assert seen[-1] == (5, 3)
-    assert len(traces) == 1
+    assert len(traces) - before <= 1  # none, unless JAX's caches were emptied between two tests
 
 
 def test_seeds_over_devices_go_on(eight_devices):
