@@ -240,14 +240,16 @@ def bench_scale(devices: int, quick: bool) -> Iterator[dict]:
                 with tempfile.TemporaryDirectory(dir=".", prefix="bench-scale-") as folder:
                     runs = [Run(case, f"{folder}/{i}") for i, case in enumerate(cases)]
                     times = take_turns(runs, turns, clients)
-                    for i, run in enumerate(runs):
-                        known = not quick or (varied == "population" and i == 0)
-                        each = rounds_of(run.case, clients)
-                        memory = memory_of(run.case, 1 + turns, each, cache) if known else dict.fromkeys(MEMORY)
-                        yield {"varied": varied, **speed(run, least_seconds(times, run.case)), **memory}
+                    speeds = [speed(run, least_seconds(times, run.case)) for run in runs]
                     for run in runs:
                         if run.store is not None:
                             run.store.close()
+                    del runs, run  # what they hold is memory that the next processes need
+                for i, case in enumerate(cases):
+                    known = not quick or (varied == "population" and i == 0)
+                    each = rounds_of(case, clients)
+                    memory = memory_of(case, 1 + turns, each, cache) if known else dict.fromkeys(MEMORY)
+                    yield {"varied": varied, **speeds[i], **memory}
         finally:
             jax.config.update("jax_compilation_cache_dir", before)
 
