@@ -78,7 +78,7 @@ from fedkd_jax.stores import DiskStore, HostStore
 from fedkd_jax.evaluate import evaluate, evaluate_seeds
 from fedkd_jax.metrics import Metric, accuracy, binary_f1, entity_f1, ranking, token_accuracy
 from fedkd_jax.simulate import simulate, simulate_seeds
-from fedkd_jax.checkpoint import load_state, save_state
+from fedkd_jax.checkpoint import Checkpoints, Stopped, load_state, save_state
 from fedkd_jax.models import (
     TransformerConfig,
     cnn,

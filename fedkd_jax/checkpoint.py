@@ -1,21 +1,163 @@
 """A run on disk, to go on from: the server by Orbax, the clients with it or, where they are in a store, in the store's files.
 
 A checkpoint is there when Orbax has renamed its folder; until then the one before is, and nothing that it needs is written
-over.
+over: not rows of clients (see `stores.py`), not the history, which only grows.
 """
 
-import contextlib
+import math
 import pathlib
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from fedkd_jax.history import HistoryFiles
 from fedkd_jax.parallel import Layout
 from fedkd_jax.population import state_shapes
-from fedkd_jax.stores import Store
-from fedkd_jax.types import Algorithm, Key, PyTree, State
+from fedkd_jax.stores import HostStore, Store
+from fedkd_jax.types import Algorithm, ClientState, History, Key, Number, PyTree, RoundInfo, State
+
+LEAST_SHARE = 20  # a checkpoint by time is due when rounds have taken so many times as long as the last one did
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved what it had.
+
+    >>> Stopped(7).round
+    7
+    """
+
+    def __init__(self, round: int):
+        super().__init__(f"stopped after round {round}, which is saved")
+        self.round = round
+
+
+class Checkpoints:
+    """What `simulate(checkpoints=...)` saves, and goes on from where there is something: the same call again, after a run was
+    stopped or killed, gives the bits of one that never was.
+
+    A checkpoint is the server, the clients wherever they live, codecs' states, the run's key, and the history. It is written
+    while the next rounds run; what is there stays whole until the next one is, at whatever moment the process ends. Of
+    several processes all have one, with a folder that all of them see.
+
+    Args:
+        folder: where; a `DiskStore` must be `DiskStore(folder, resume=True)` of the same folder.
+        rounds: one after every so many rounds, counted from the run's first; None for none by rounds.
+        minutes: one after so many minutes, or 20 times what the last one took, if that is longer; None for none by time. There
+            is always one after the last round.
+        keep: so many of the newest stay.
+
+    Raises:
+        ValueError: `rounds`, `minutes` or `keep` out of range.
+
+    >>> import optax, tempfile
+    >>> from fedkd_jax import fedavg, mlp, simulate
+    >>> from fedkd_jax.data import synthetic
+    >>> algorithm, data = fedavg(mlp((60, 10)), optimizer=optax.sgd(0.1), batch=10), synthetic(6).take(np.arange(6))
+    >>> folder, key = tempfile.mkdtemp(), jax.random.key(0)
+    >>> run = lambda rounds: simulate(algorithm, 6, data, key, rounds=rounds, checkpoints=Checkpoints(folder, rounds=1))
+    >>> _ = run(rounds=2)
+    >>> state, history = run(rounds=3)  # one more
+    >>> int(state.server.round), history.rounds.ids.shape
+    (3, (3, 6))
+    """
+
+    def __init__(
+        self, folder: str | pathlib.Path, *, rounds: int | None = None, minutes: Number | None = None, keep: int = 1
+    ):
+        if rounds is not None and rounds < 1:
+            raise ValueError(f"rounds is {rounds}; allowed: at least 1, or None")
+        if minutes is not None and not minutes >= 0:
+            raise ValueError(f"minutes is {minutes}; allowed: at least 0, or None")
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; allowed: at least 1")
+        self.folder, self.rounds, self.minutes, self.keep = pathlib.Path(folder), rounds, minutes, keep
+        self._stop = False
+
+    def latest(self) -> int | None:
+        """The round of the newest checkpoint, None where there is none.
+
+        >>> Checkpoints("nowhere").latest() is None
+        True
+        """
+        steps = [int(p.name) for p in (self.folder / "server").glob("*") if p.name.isdigit()]
+        return max(steps, default=None)
+
+    def stop(self) -> None:
+        """Asks the run to end after the rounds that are under way, which it then saves; `simulate` raises `Stopped`. For a
+        signal handler, or another thread."""
+        self._stop = True
+
+    def open(
+        self, algorithm: Algorithm, population: int, key: Key, store: Store | None, *, rounds: int, cohort: int
+    ) -> tuple[State, History] | None:
+        """The newest checkpoint, if there is one. This and the following are what `simulate` calls."""
+        self._store, self._key, self._files = store, key, HistoryFiles(self.folder)
+        self._begun, self._took, self._evaluated = time.monotonic(), 0.0, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._manager = _manager(self.folder, self.keep, wait=False)
+        try:
+            if self._manager.latest_step() is None:
+                return None
+            state, meta = _load(self._manager, self.folder, algorithm, population, key, store)
+            done = int(state.server.round)
+            history = self._files.read(done, meta["rounds"], meta["evaluations"])
+            if done > rounds:
+                raise ValueError(f"rounds is {rounds}; allowed: at least {done}, as are done in {self.folder}")
+            if (before := history.rounds.ids.shape[1]) != cohort:
+                raise ValueError(f"cohort is {cohort}; allowed: {before}, as in {self.folder}")
+        except BaseException:
+            self.close()
+            raise
+        self._evaluated = len(history.evaluations)
+        return state, history
+
+    def bound(self, done: int, last: int) -> int:
+        """The round that is to be the last of those that run in one program after `done` rounds."""
+        return last if self.rounds is None else min(last, (done // self.rounds + 1) * self.rounds)
+
+    def note(self, first: int, info: RoundInfo) -> None:
+        """What happened in the rounds `[r]` that begin with round `first`."""
+        self._files.write(first, info)
+
+    def due(self, round: int, last: int) -> bool:
+        """Whether to save after this round."""
+        least = math.inf if self.minutes is None else max(60 * self.minutes, LEAST_SHARE * self._took)
+        self._stop, by_time = _any_process(self._stop, bool(time.monotonic() - self._begun >= least))
+        return self._stop or by_time or round == self.bound(round - 1, last)
+
+    def save(self, state: State, evaluations: Sequence[dict], last: int) -> None:
+        """Saves what is there; then raises `Stopped`, if it was to stop. The state may be consumed afterwards."""
+        round, start = int(state.server.round), time.monotonic()
+        try:
+            self._settle()
+            for evaluation in evaluations[self._evaluated :]:
+                self._files.write_evaluation(evaluation)
+            self._evaluated = len(evaluations)
+            about = {"rounds": self._files.sync(), "evaluations": [e["round"] for e in evaluations]}
+            _save(self._manager, self.folder, state, self._store, self._key, about)
+            if self._stop or round == last:
+                self._settle()
+        except OSError as error:
+            raise _kept(error, self.folder, self.latest()) from error
+        self._begun, self._took = time.monotonic(), time.monotonic() - start
+        if self._stop and round < last:
+            raise Stopped(round)
+
+    def close(self) -> None:
+        """Lets go of what it holds open."""
+        self._files.close()
+        self._manager.close()
+
+    def _settle(self) -> None:
+        """The last checkpoint is there, and those before it are forgotten."""
+        self._manager.wait_until_finished()
+        if self._store is not None and (rounds := self._manager.all_steps()):
+            self._store.forget(self.folder, rounds)
 
 
 def save_state(folder: str | pathlib.Path, state: State) -> None:
@@ -37,40 +179,35 @@ def save_state(folder: str | pathlib.Path, state: State) -> None:
     folder, round = pathlib.Path(folder), int(state.server.round)
     folder.mkdir(parents=True, exist_ok=True)
     store = state.clients if isinstance(state.clients, Store) else None
-    carried = state if store is None else state.server
     if store is not None and store.round != round:
         raise ValueError(f"state is of round {round}, its store at {store.round}; allowed: the newest state")
-    meta = {"store": store is not None, "processes": jax.process_count(), "shapes": _shapes(carried)}
     with _manager(folder) as manager:
         there = manager.latest_step()
         if there is not None and there >= round:
             raise ValueError(
                 f"{folder} has a checkpoint of round {there}; allowed: one of a round before {round}, or none"
             )
-        if store is not None:
-            store.save(folder, round)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(carried), meta=ocp.args.JsonSave(meta))
-        manager.save(round, args=args)
+        _save(manager, folder, state, store, None, {"rounds": None, "evaluations": []})
         manager.wait_until_finished()
     if store is not None:
-        store.forget(folder, round)
+        store.forget(folder, [round])
 
 
 def load_state(
     folder: str | pathlib.Path, algorithm: Algorithm, population: int, key: Key, *, store: Store | None = None
 ) -> State:
-    """The newest state that `save_state` wrote, to give to `simulate`, which goes on to the same bits; the number of processes
-    may be another one.
+    """The newest state that `save_state` or `Checkpoints` wrote, to give to `simulate`, which goes on to the same bits; the
+    number of processes may be another one, and clients may go to another place than where they were.
 
     Args:
         folder: where it was saved.
         algorithm, population, key: as they were given to `simulate`.
-        store: for clients that were in one: a new `HostStore`, or `DiskStore(folder, resume=True)` if they were on disk.
+        store: where clients are to be: a new `HostStore`, or `DiskStore(folder, resume=True)`, or None for on the device.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or a file of it is gone.
-        ValueError: it is of another run, as far as shapes tell, and of clients in a store the key; clients were in a store and
-            none is given, or the other way round; the store is not a new one.
+        ValueError: it is of another run, as far as shapes and types, and where it is known the key, tell; the store is not a
+            new one.
 
     >>> import optax, tempfile
     >>> from fedkd_jax import local_only, mlp
@@ -82,41 +219,76 @@ def load_state(
     if not (folder / "server").is_dir():
         raise FileNotFoundError(f"{folder} has no checkpoint")
     with _manager(folder) as manager:
-        round = manager.latest_step()
-        if round is None:
+        if manager.latest_step() is None:
             raise FileNotFoundError(f"{folder} has no checkpoint")
-        meta = manager.restore(round, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta["store"] != (store is not None):
-            allowed = (
-                "a new HostStore, or DiskStore(folder, resume=True) if they were on disk" if meta["store"] else "None"
-            )
-            raise ValueError(
-                f"store is {store}; allowed: {allowed}, as clients were {'' if meta['store'] else 'not '}in a store"
-            )
-        whole = state_shapes(algorithm, population)
-        abstract = whole if store is None else whole.server
-        if _shapes(abstract) != meta["shapes"]:
-            pairs = zip(meta["shapes"], _shapes(abstract), strict=False)
-            saved, own = next((p for p in pairs if p[0] != p[1]), ("other leaves", "these"))
-            raise ValueError(f"{folder} has {saved}; allowed: {own}, as the algorithm has")
-        layout = algorithm.layout or Layout()
-        restored = manager.restore(
-            round, args=ocp.args.Composite(state=ocp.args.StandardRestore(_placed(abstract, layout)))
-        )["state"]
-    if store is None:
-        return restored
-    store.open(algorithm, jax.random.split(key)[0], population)  # as `simulate` does
-    store.load(folder, round, meta["processes"])
-    return State(server=restored, clients=store)
+        return _load(manager, folder, algorithm, population, key, store)[0]
 
 
-@contextlib.contextmanager
-def _manager(folder: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
+def _save(manager, folder: pathlib.Path, state: State, store: Store | None, key: Key | None, about: dict) -> None:
+    round, carried = int(state.server.round), state if store is None else state.server
+    meta = {"store": store is not None, "processes": jax.process_count(), "shapes": _shapes(carried), **about}
+    meta["key"] = None if key is None else np.asarray(jax.random.key_data(key)).tolist()
+    if store is not None:
+        store.save(folder, round)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(carried), meta=ocp.args.JsonSave(meta))
+    manager.save(round, args=args)
+
+
+def _load(
+    manager, folder: pathlib.Path, algorithm: Algorithm, population: int, key: Key, store: Store | None
+) -> tuple[State, dict]:
+    round, layout = manager.latest_step(), algorithm.layout or Layout()
+    meta = manager.restore(round, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    own_key = np.asarray(jax.random.key_data(key)).tolist()
+    if meta["key"] not in (None, own_key):
+        raise ValueError(f"key is {own_key}; allowed: {meta['key']}, that of the run in {folder}")
+    whole = state_shapes(algorithm, population)
+    abstract = whole.server if meta["store"] else whole
+    if (shapes := _shapes(abstract)) != meta["shapes"]:
+        pairs = zip(meta["shapes"], shapes, strict=False)
+        saved, own = next((p for p in pairs if p[0] != p[1]), ("other leaves", "these"))
+        raise ValueError(f"{folder} has {saved}; allowed: {own}, as the algorithm has")
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_placed(abstract, layout)))
+    restored = manager.restore(round, args=args)["state"]
+    clients_key = jax.random.split(key)[0]  # as `simulate` does
+    if not meta["store"]:
+        if store is not None:
+            store.open(algorithm, clients_key, population)
+            store.write(np.arange(population), jax.tree.map(lambda x: x[:population], restored.clients))
+            store.round = round
+            restored = State(server=restored.server, clients=store)
+        return restored, meta
+    into = HostStore() if store is None else store
+    into.open(algorithm, clients_key, population)
+    into.load(folder, manager.all_steps(), meta["processes"])
+    return State(server=restored, clients=into if store is not None else _stacked(into, whole.clients, layout)), meta
+
+
+def _stacked(store: Store, shapes: ClientState, layout: Layout) -> ClientState:
+    """The states of all clients, on the device."""
+    size = jax.tree.leaves(shapes)[0].shape[0] if jax.tree.leaves(shapes) else 0
+    clients = store.take(np.arange(size))
+    return jax.device_put(clients, layout.sharding("clients")) if layout.mesh is not None else clients
+
+
+def _manager(folder: pathlib.Path, keep: int = 1, *, wait: bool = True) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        max_to_keep=keep, enable_async_checkpointing=not wait, cleanup_tmp_directories=True
     )
-    with ocp.CheckpointManager(folder.absolute() / "server", options=options, item_names=("state", "meta")) as manager:
-        yield manager
+    return ocp.CheckpointManager(folder.absolute() / "server", options=options, item_names=("state", "meta"))
+
+
+def _kept(error: OSError, folder: pathlib.Path, round: int | None) -> OSError:
+    """What went wrong with a disk, and what is left."""
+    there = "no checkpoint" if round is None else f"the checkpoint of round {round}, which is whole"
+    return OSError(f"{error}; {folder} has {there}")
+
+
+def _any_process(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag whether a process has it."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist())
 
 
 def _shapes(tree: PyTree) -> list[str]:

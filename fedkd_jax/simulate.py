@@ -3,6 +3,7 @@
 Where clients' states are in a store, a compiled round at a time, see `stream.py`.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.checkpoint import Checkpoints
 from fedkd_jax.cohort import put, take
 from fedkd_jax.data import population_size, take_clients
 from fedkd_jax.evaluate import METRICS, evaluate, evaluate_seeds
@@ -44,6 +46,7 @@ def simulate(
     store: Store | None = None,
     group: int | None = None,
     participation: Participation | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[State, History]:
     """Runs `rounds` rounds, each on a fresh cohort, a uniform one unless `participation` says otherwise.
 
@@ -71,6 +74,8 @@ def simulate(
         group: of states in a store, at most so many clients are on the devices at a time, where a cohort's do not fit; while
             they train, so many more are read, and so many written. The result is the same, but for the order of a sum.
         participation: who is there, and what becomes of them.
+        checkpoints: what is saved when, to go on from. Where there is something already, the run goes on from it, until
+            `rounds` are done in all; history and results are those of a run in one piece.
 
     Returns:
         The state, and the history: `rounds` a RoundInfo `[R, K]` in NumPy, `evaluations` a tuple of `evaluate`'s dicts, each
@@ -79,7 +84,10 @@ def simulate(
     Raises:
         ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's, a store that
             is not empty, `eval_ids` that are not the test's or not in 0..N-1, a `group` below 1 or without a store, a
-            participation that does not suit the numbers of clients, several processes without a store or a mesh.
+            participation that does not suit the numbers of clients, several processes without a store or a mesh;
+            `checkpoints` of another run, of more rounds, or with a State.
+        Stopped: `checkpoints` was asked to stop.
+        OSError: a checkpoint cannot be written; the message says which there is.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -100,43 +108,56 @@ def simulate(
         raise ValueError(
             f"store is {store} and layout.mesh {layout.mesh} in several processes; allowed: a store and a mesh over all devices"
         )
-    store, state = _begin(algorithm, population, data, store, init_key)
-    if group is not None and (group < 1 or store is None):
-        raise ValueError(
-            f"group is {group} {'without' if store is None else 'with'} a store; allowed: None, or 1 and more with one"
+    earlier = None
+    if checkpoints is not None:
+        if isinstance(population, State):
+            raise ValueError("population is a State, with checkpoints; allowed: the number of clients")
+        if store is not None and (len(store) or store.round != 0):
+            raise ValueError(f"store holds {len(store)} clients; allowed: a new one")
+        found = checkpoints.open(algorithm, clients, key, store, rounds=rounds, cohort=cohort or clients)
+        if found is not None:
+            (population, earlier), store = found, None
+    with contextlib.nullcontext() if checkpoints is None else contextlib.closing(checkpoints):
+        store, state = _begin(algorithm, population, data, store, init_key)
+        if group is not None and (group < 1 or store is None):
+            raise ValueError(
+                f"group is {group} {'without' if store is None else 'with'} a store; allowed: None, or 1 and more with one"
+            )
+        data, evaluate_fn = data if isinstance(data, ClientSource) else place_data(data, layout), None
+        if test is not None:
+            over = dict(data=place_data(test, layout), metrics=metrics, batch=eval_batch, ids=eval_ids)
+            evaluate_fn = lambda s: [evaluate(algorithm, s, **over)]  # noqa: E731
+        first = int(state.server.round)
+        last = rounds if earlier is not None else first + rounds
+        if earlier is not None and first == last:
+            return state, earlier
+        loop = functools.partial(
+            _loop,
+            state,
+            first=first,
+            last=last,
+            eval_every=eval_every,
+            on_rounds=None if on_rounds is None else lambda done, infos: on_rounds(done, *infos),
+            on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
+            earlier=earlier,
+            checkpoints=checkpoints,
         )
-    data, evaluate_fn = data if isinstance(data, ClientSource) else place_data(data, layout), None
-    if test is not None:
-        over = dict(data=place_data(test, layout), metrics=metrics, batch=eval_batch, ids=eval_ids)
-        evaluate_fn = lambda s: [evaluate(algorithm, s, **over)]  # noqa: E731
-    first = int(state.server.round)
-    loop = functools.partial(
-        _loop,
-        state,
-        first=first,
-        rounds=rounds,
-        eval_every=eval_every,
-        on_rounds=None if on_rounds is None else lambda done, infos: on_rounds(done, *infos),
-        on_evaluation=None if on_evaluation is None else lambda histories: on_evaluation(*histories),
-    )
-    if store is not None:
-        more: dict[str, Any] = dict(
-            cohort=cohort or clients, last=first + rounds, participation=participation, group=group
-        )
-        with Stream(algorithm, store, data, run_key, **more) as stream:
-            store.round = None
-            state, (history,) = loop(stream.run, None if evaluate_fn is None else stream.flushed(evaluate_fn))
-        store.round = first + rounds
+        if store is not None:
+            more: dict[str, Any] = dict(cohort=cohort or clients, last=last, participation=participation, group=group)
+            with Stream(algorithm, store, data, run_key, **more) as stream:
+                store.round = None
+                state, (history,) = loop(stream.run, evaluate_fn, flush=stream.flush)
+            store.round = last
+            return state, history
+        options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
+
+        def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
+            state, info = _run_rounds(state, data, run_key, jnp.int32(count), **options)
+            # before jax 0.12, collectives of two programs in flight can wait for each other for ever
+            return state, [jax.tree.map(lambda x: x[:count], jax.device_get(info))]
+
+        state, (history,) = loop(run, evaluate_fn)
         return state, history
-    options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
-
-    def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
-        state, info = _run_rounds(state, data, run_key, jnp.int32(count), **options)
-        # before jax 0.12, collectives of two programs in flight can wait for each other for ever
-        return state, [jax.tree.map(lambda x: x[:count], jax.device_get(info))]
-
-    state, (history,) = loop(run, evaluate_fn)
-    return state, history
 
 
 def _begin(
@@ -242,7 +263,7 @@ def simulate_seeds(
         run,
         evaluate_fn,
         first=int(state.server.round[0]),
-        rounds=rounds,
+        last=int(state.server.round[0]) + rounds,
         eval_every=eval_every,
         on_rounds=on_rounds,
         on_evaluation=on_evaluation,
@@ -294,30 +315,44 @@ def _loop(
     evaluate_fn: Callable[[State], list[dict]] | None,
     *,
     first: int,
-    rounds: int,
+    last: int,
     eval_every: int | None,
     on_rounds: Callable[[int, list[RoundInfo]], None] | None,
     on_evaluation: Callable[[list[History]], None] | None,
+    flush: Callable[[], None] = lambda: None,
+    earlier: History | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[State, list[History]]:
-    """The host's part: how many rounds are run next, what is reported when. Lists have an entry per seed."""
-    infos, evaluations = [], []
-    last = first + rounds
-    done, per_call = first, min(eval_every or rounds, rounds) if on_rounds is None else 1
+    """The host's part: how many rounds are run next, what is reported and saved when. Lists have an entry per seed.
+
+    After `flush`, a store has all that rounds made.
+    """
+    infos = [] if earlier is None else [[earlier.rounds]]
+    evaluations = [] if earlier is None else [[evaluation] for evaluation in earlier.evaluations]
+    in_one_go = on_rounds is None and checkpoints is None
+    done, per_call = first, min(eval_every or last, last - first) if in_one_go else 1
     while done < last:
         stop = min(last, done + per_call, last if eval_every is None else (done // eval_every + 1) * eval_every)
+        stop = stop if checkpoints is None else checkpoints.bound(done, stop)
         start = time.perf_counter()
         state, info = run(state, stop - done)
         elapsed = time.perf_counter() - start
         infos.append(info)
+        if not in_one_go and done > first:  # the first call compiles
+            per_call = max(1, int(SECONDS_PER_CALL * (stop - done) / elapsed))
         if on_rounds is not None:
-            if done > first:  # the first call compiles
-                per_call = max(1, int(SECONDS_PER_CALL * (stop - done) / elapsed))
             on_rounds(stop, info)
-        done = stop
-        if evaluate_fn is not None and (done == last or (eval_every and done % eval_every == 0)):
-            evaluations.append([{"round": done, **evaluation} for evaluation in evaluate_fn(state)])
+        if evaluate_fn is not None and (stop == last or (eval_every and stop % eval_every == 0)):
+            flush()
+            evaluations.append([{"round": stop, **evaluation} for evaluation in evaluate_fn(state)])
             if on_evaluation is not None:
                 on_evaluation(_histories(infos, evaluations))
+        if checkpoints is not None:
+            checkpoints.note(done, info[0])
+            if checkpoints.due(stop, last):
+                flush()
+                checkpoints.save(state, [of_seed[0] for of_seed in evaluations], last)
+        done = stop
     return state, _histories(infos, evaluations)
 
 

@@ -5,10 +5,11 @@ A checkpoint is an index of rows: what it refers to is not written over, the cli
 
 import contextlib
 import functools
+import mmap
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ class Store:
         self._slots: dict[int, int] = {}
         self._used = 0  # slots there ever were in the own file
         self._free: list[int] = []  # those of them that nothing refers to
-        self._kept: set[int] = set()  # those that a checkpoint refers to: not written over
+        self._kept: dict[int, set[int]] = {}  # {round of a checkpoint: those that it refers to}: not written over
         self._elsewhere: set[int] = set()  # clients whose rows other processes have
         self._shapes: tuple[list[jax.ShapeDtypeStruct], Any] | None = None
         self._key: Any = None
@@ -113,7 +114,7 @@ class Store:
     def _slot(self, client_id: int) -> int:
         """Where a client's new state goes: into its own slot, or a fresh one where a checkpoint needs the old state."""
         slot = self._slots.get(client_id)
-        if slot is not None and slot < FILE and slot not in self._kept:
+        if slot is not None and slot < FILE and not any(slot in kept for kept in self._kept.values()):
             return slot
         if self._free:
             return self._free.pop()
@@ -171,15 +172,16 @@ class Store:
             os.fsync(file.fileno())
         path.with_suffix(".tmp").rename(path)
 
-    def forget(self, folder: pathlib.Path, round: int) -> None:
-        """What only checkpoints older than this round need is not needed any more."""
+    def forget(self, folder: pathlib.Path, rounds: Sequence[int]) -> None:
+        """Only checkpoints of these rounds are needed any more."""
         for path in folder.glob(f"*{_part()}.*"):
             found = re.fullmatch(rf"(?:index|rows)-(\d+){_part()}\.(?:npz|bin|tmp)", path.name)
-            if found and int(found[1]) < round:
+            if found and int(found[1]) not in rounds:
                 path.unlink()
 
-    def load(self, folder: pathlib.Path, round: int, processes: int) -> None:
-        """Goes on from what `save` left, by as many processes as there were then; by how many it is now does not matter.
+    def load(self, folder: pathlib.Path, rounds: Sequence[int], processes: int) -> None:
+        """Goes on from what `save` left in the last of these rounds, by as many processes as there were then; by how many it is
+        now does not matter. What it left in the others is kept.
 
         Raises:
             FileNotFoundError: a file of it is gone.
@@ -190,7 +192,7 @@ class Store:
             raise ValueError(f"store holds {len(self)} clients; allowed: a new one")
         share = (self._population or 0) // jax.process_count()
         for p in range(processes):
-            path = folder / f"index-{round}{_part(p, processes)}.npz"
+            path = folder / f"index-{rounds[-1]}{_part(p, processes)}.npz"
             with np.load(path) as index:
                 if not np.array_equal(index["key"], self._key) or index["row_bytes"] != self.row_bytes:
                     raise ValueError(f"{path} is of another run's clients; allowed: the same algorithm and key")
@@ -198,7 +200,8 @@ class Store:
             mine = np.full(len(ids), True) if jax.process_count() == 1 else ids // share == jax.process_index()
             self._elsewhere.update(ids[~mine].tolist())
             self._adopt(folder, files.tolist(), ids, slots, mine)
-        self.round = round
+        self._keep(folder, rounds)
+        self.round = rounds[-1]
 
     def close(self) -> None:
         """Lets go of what it holds open."""
@@ -211,7 +214,19 @@ class Store:
         self, folder: pathlib.Path, files: list[str], ids: np.ndarray, slots: np.ndarray, mine: np.ndarray
     ) -> None:
         """Takes the rows of `ids[mine]` over."""
-        raise NotImplementedError
+        opened = [(folder / name, os.open(folder / name, os.O_RDONLY)) for name in files]
+        with contextlib.closing(_Files(opened, self.row_bytes)) as old:
+            size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
+            rows = np.flatnonzero(mine)
+            for some in np.split(rows, range(size, len(rows), size)):
+                states = np.empty((len(some), self.row_bytes), np.uint8)
+                old.read(states, np.arange(len(some)), slots[some])
+                new = {i: self._slot(i) for i in ids[some].tolist()}
+                self._write(states, np.array(list(new.values()), np.int64))
+                self._slots |= new
+
+    def _keep(self, folder: pathlib.Path, rounds: Sequence[int]) -> None:
+        """That checkpoints of these rounds are there."""
 
     def _opened(self):
         if self._shapes is None:
@@ -240,13 +255,20 @@ class HostStore(Store):
 
     def __init__(self):
         super().__init__()
-        self._chunks: list[np.ndarray] = []
+        self._chunks: list[np.ndarray] | None = []
+
+    def close(self) -> None:
+        self._chunks = None
 
     def _of_chunk(self, slots: np.ndarray):
         """`(chunk, which of the slots are in it, where)`."""
+        if self._chunks is None:
+            raise ValueError("the store is closed; allowed: a new one, or one that load_state fills")
         size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
         while len(slots) and len(self._chunks) * size <= slots.max():
-            self._chunks.append(np.empty((size, self.row_bytes), np.uint8))
+            # memory that the system gets back, whatever malloc keeps
+            own = mmap.mmap(-1, max(1, size * self.row_bytes))
+            self._chunks.append(np.frombuffer(own, np.uint8, size * self.row_bytes).reshape(size, self.row_bytes))
         for number in np.unique(slots // size):
             which = np.flatnonzero(slots // size == number)
             yield self._chunks[number], which, slots[which] - number * size
@@ -272,18 +294,6 @@ class HostStore(Store):
         path = path.rename(path.with_suffix(".bin"))
         return [path.name], np.arange(len(slots))
 
-    def _adopt(self, folder, files, ids, slots, mine):
-        opened = [(folder / name, os.open(folder / name, os.O_RDONLY)) for name in files]
-        with contextlib.closing(_Files(opened, self.row_bytes)) as old:
-            size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
-            rows = np.flatnonzero(mine)
-            for some in np.split(rows, range(size, len(rows), size)):
-                states = np.empty((len(some), self.row_bytes), np.uint8)
-                old.read(states, np.arange(len(some)), slots[some])
-                new = {i: self._slot(i) for i in ids[some].tolist()}
-                self._write(states, np.array(list(new.values()), np.int64))
-                self._slots |= new
-
 
 class DiskStore(Store):
     """Client states in a file of a folder, which is made; the file grows with the clients that have taken part.
@@ -292,7 +302,7 @@ class DiskStore(Store):
 
     Args:
         folder: where.
-        resume: the folder is one that has such files, for `load_state`.
+        resume: the folder may have such files: for `load_state`, and for `simulate` with `Checkpoints`.
 
     Raises:
         FileExistsError: the folder already has such a file, without `resume`.
@@ -313,6 +323,10 @@ class DiskStore(Store):
         self.path = pathlib.Path(folder) / f"clients{_part()}.bin"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL)
+        if resume and not any(
+            self.path.parent.glob("index-*.npz")
+        ):  # no checkpoint: nothing is needed of what is there
+            flags |= os.O_TRUNC
         self._disk = _Files([(self.path, os.open(self.path, flags, 0o644))])
 
     def open(self, algorithm: Algorithm, key: Key, population: int | None = None) -> None:
@@ -334,20 +348,20 @@ class DiskStore(Store):
         if folder.resolve() != self.path.parent.resolve():
             raise ValueError(f"folder is {folder}; allowed: {self.path.parent}, where the store is")
         os.fsync(self._disk.own())
-        self._kept |= set(slots[slots < FILE].tolist())
+        self._kept[round] = set(slots[slots < FILE].tolist())
         return [path.name for path, _ in self._disk.files], slots
 
-    def forget(self, folder, round):
-        super().forget(folder, round)
-        now = {slot for slot in self._slots.values() if slot < FILE}
-        self._free += self._kept - now
-        self._kept = now
+    def forget(self, folder, rounds):
+        super().forget(folder, rounds)
+        before = set().union(*self._kept.values())
+        self._kept = {round: kept for round, kept in self._kept.items() if round in rounds}
+        self._free += before.difference(self._slots.values(), *self._kept.values())
 
     def _adopt(self, folder, files, ids, slots, mine):
         if folder.resolve() != self.path.parent.resolve():
             raise ValueError(f"store is in {self.path.parent}; allowed: {folder}, where the checkpoint is")
-        if any(not name.startswith("clients") for name in files):
-            raise ValueError(f"store is a DiskStore; allowed: a HostStore, as clients were in host memory: {files}")
+        if any(not name.startswith("clients") for name in files):  # of a HostStore, and deleted with its checkpoint
+            return super()._adopt(folder, files, ids, slots, mine)
         numbers = np.array([self._disk.number(folder / name) for name in files])
         for i, number in enumerate(numbers):
             path, file = self._disk.files[number]
@@ -356,8 +370,17 @@ class DiskStore(Store):
                 raise FileNotFoundError(f"{path} has {os.fstat(file).st_size} bytes; allowed: at least {needed}")
         slots = numbers[slots // FILE] * FILE + slots % FILE
         self._slots |= dict(zip(ids[mine].tolist(), slots[mine].tolist(), strict=True))
-        self._kept |= {slot for slot in self._slots.values() if slot < FILE}
-        self._free = sorted(set(range(self._used)) - self._kept, reverse=True)
+
+    def _keep(self, folder, rounds):
+        for path in folder.glob("index-*.npz"):
+            found = re.match(r"index-(\d+)", path.name)
+            if found and int(found[1]) in rounds:
+                with np.load(path) as index:
+                    slots, files = index["slots"], index["files"].tolist()
+                own = slots[np.array(files)[slots // FILE] == self.path.name] % FILE if files else slots
+                self._kept.setdefault(int(found[1]), set()).update(own.tolist())
+        needed = set().union(*self._kept.values(), self._slots.values())
+        self._free = sorted(set(range(self._used)) - needed, reverse=True)
 
 
 class _Files:
@@ -415,7 +438,10 @@ class _Files:
         for a, b in self._runs(slots):
             left, at = rows[a:b].data.cast("B"), int(slots[a]) * self.row_bytes if a < b else 0
             while len(left):
-                done = os.pwrite(self.own(), left, at)
+                try:
+                    done = os.pwrite(self.own(), left, at)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(self.files[0][0])) from None
                 left, at = left[done:], at + done
 
 

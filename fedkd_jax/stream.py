@@ -181,15 +181,6 @@ class Stream:
         if self._written is not None:
             self._written.result()
 
-    def flushed(self, fn: Callable[[State], Any]) -> Callable[[State], Any]:
-        """`fn`, but of a store that has all that rounds made."""
-
-        def after(state: State):
-            self.flush()
-            return fn(state)
-
-        return after
-
     def _cohort(self, t: int) -> tuple[np.ndarray, Turn | None]:
         if t not in self._cohorts:  # a program of its own, for which the device has to be free: not at every round
             rounds = range(t, min(t + BLOCK, self.last))

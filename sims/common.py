@@ -5,9 +5,11 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from fedkd_jax import Layout, plots, report, simulate, simulate_seeds
+from fedkd_jax import Checkpoints, Layout, plots, report, simulate, simulate_seeds
 from fedkd_jax.build import build_participation
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.stores import Store
@@ -26,6 +28,7 @@ from fedkd_jax.types import Algorithm, History
 
 FEW_CLIENTS = 8  # and tables have a column for each
 SEVERAL_CLIENTS = 1000  # and the last record holds each one's score
+MAY_CHANGE = ("rounds", "eval_every", "name", "baseline")  # when a run goes on
 SIGNIFICANCE = (
     "95 % intervals over seeds; difference in points from the row it is tested against, and p of a paired t-test"
 )
@@ -45,7 +48,12 @@ class Options:
     method: str | None = None  # sims.run: which of the config's methods; default the first
     out: str | None = None  # folder for the results; default runs/NAME-N
     devices: int | None = None  # devices the clients are split over; default all (on a CPU one per core)
-    resume: bool = False  # sims.compare: `out` is an earlier comparison's, of which what is finished is not run again
+    # the folder of an earlier sims.run, which goes on from its checkpoint, or sims.compare, of which what is finished is not
+    # run again; without CONFIG with the config of the folder, and sims.run with the options it had
+    resume: str | None = None
+    save_rounds: int | None = None  # sims.run: a checkpoint after every so many rounds
+    save_minutes: float | None = 5.0  # and after so many minutes; none at all, the last neither, where both are None
+    keep: int = 1  # checkpoints that stay, the newest
     seeds_at_once: bool = False  # sims.compare: a method's seeds in one program, if their states fit the memory twice
     # where clients' states live: on the "device" all of them; in "host" memory, or on "disk" in the results' folder while it
     # runs, those that have taken part; "auto" is the first that holds them
@@ -71,13 +79,16 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    earlier = _earlier(argv)
+    if earlier is not None and path is None:
+        path = earlier / "config.yaml"
     if path is None and not {"-h", "--help"} & set(argv):
         raise ValueError(f"no config given; usage: python -m sims.{program} CONFIG [--overrides]")
     default = Experiment() if path is None else load_config(path)
 
     def options(
         experiment: Annotated[Experiment, tyro.conf.arg(name="")] = default,
-        options: Annotated[Options, tyro.conf.arg(name="")] = Options(),
+        options: Annotated[Options, tyro.conf.arg(name="")] = Options() if earlier is None else read_options(earlier),
     ):
         return experiment, options
 
@@ -86,15 +97,21 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
     validate(experiment)
     if chosen.method is not None and chosen.method not in experiment.methods:
         raise ValueError(f"method is {chosen.method!r}; allowed: {', '.join(experiment.methods)}")
-    if chosen.resume and (program != "compare" or chosen.out is None):
-        raise ValueError("resume is True; allowed: False, or for sims.compare with the folder as --out")
+    if chosen.resume is not None and (program not in ("run", "compare") or chosen.out is not None):
+        raise ValueError(f"resume is {chosen.resume!r}; allowed: null, or for sims.run and sims.compare without --out")
+    if chosen.save_rounds is not None and chosen.save_rounds < 1:
+        raise ValueError(f"save_rounds is {chosen.save_rounds}; allowed: at least 1, or null")
+    if chosen.save_minutes is not None and not chosen.save_minutes >= 0:
+        raise ValueError(f"save_minutes is {chosen.save_minutes}; allowed: at least 0, or null")
+    if chosen.keep < 1:
+        raise ValueError(f"keep is {chosen.keep}; allowed: at least 1")
     if chosen.seeds_at_once and chosen.store in ("host", "disk"):
         raise ValueError(f"store is {chosen.store!r} with seeds_at_once; allowed: 'auto' or 'device'")
     if chosen.seeds_at_once and program != "compare":
         raise ValueError("seeds_at_once is True; allowed: False, or for sims.compare")
     if chosen.processes is not None and chosen.chunk == "measure":
         raise ValueError("chunk is 'measure' with processes; allowed: a number or 'auto'")
-    if chosen.processes is not None and (program != "run" or chosen.out is None):
+    if chosen.processes is not None and (program != "run" or (chosen.out or chosen.resume) is None):
         raise ValueError(f"processes is {chosen.processes!r}; allowed: null, or for sims.run with a folder as --out")
     if chosen.group != "auto" and not (chosen.group.isdigit() and int(chosen.group) > 0):
         raise ValueError(f"group is {chosen.group!r}; allowed: a number from 1 up, or 'auto'")
@@ -105,25 +122,133 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
     return experiment, chosen
 
 
+def _earlier(argv: Sequence[str]) -> pathlib.Path | None:
+    """The folder that `--resume` names."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag.split("=")[0] == "--resume":
+            folder = pathlib.Path(flag.partition("=")[2] or value)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"resume is {str(folder)!r}; allowed: the folder of a run or a comparison")
+            return folder
+    return None
+
+
+def write_options(folder: pathlib.Path, options: Options) -> None:
+    """How a run is run, for `--resume`; without what is each time its own.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     write_options(pathlib.Path(where), Options(chunk="4")); read_options(pathlib.Path(where)).chunk
+    '4'
+    """
+    own = dataclasses.asdict(dataclasses.replace(options, out=None, resume=None, processes=None))
+    _replace_text(folder / "options.json", json.dumps(own, indent=1) + "\n")
+
+
+def read_options(folder: pathlib.Path) -> Options:
+    """What `write_options` wrote, or the default where there is none.
+
+    >>> read_options(pathlib.Path("nowhere")) == Options()
+    True
+    """
+    path = folder / "options.json"
+    return Options(**json.loads(path.read_text())) if path.exists() else Options()
+
+
+def check_same(saved: Experiment, config: Experiment, method: str, folder: pathlib.Path) -> None:
+    """Whether a run with this config and method may go on from one with the saved.
+
+    Raises:
+        ValueError: saying which keys differ; rounds, eval_every, name, baseline, and other methods may.
+
+    >>> try: check_same(Experiment(), dataclasses.replace(Experiment(), cohort=3, rounds=9), "FedKD", pathlib.Path("runs/a"))
+    ... except ValueError as error: print(str(error).split(";")[0])
+    cohort is 3, in runs/a None
+    """
+
+    def flat(tree, *path):
+        if isinstance(tree, dict):
+            return {key: value for name in tree for key, value in flat(tree[name], *path, str(name)).items()}
+        return {".".join(path): tree}
+
+    def keys(experiment: Experiment):
+        chosen = {name: own for name, own in experiment.methods.items() if name == method}
+        of_run = dataclasses.replace(experiment, methods=chosen, seeds=experiment.seeds[:1])
+        return {k: v for k, v in flat(dataclasses.asdict(of_run)).items() if k not in MAY_CHANGE}
+
+    old, new = keys(saved), keys(config)
+    differ = [f"{k} is {new.get(k)}, in {folder} {old.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differ:
+        raise ValueError(f"{'; '.join(differ)}; allowed with resume: other values of {', '.join(MAY_CHANGE)} only")
+
+
+@contextlib.contextmanager
+def stop_on_signals(checkpoints: Checkpoints) -> Iterator[list[int]]:
+    """Within it, Ctrl-C and SIGTERM end the run after the rounds under way, and save it; a second one ends it at once. Gives
+    the signals there were.
+
+    >>> with stop_on_signals(Checkpoints("nowhere")) as seen: seen
+    []
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def stop(number, _) -> None:
+        seen.append(number)
+        checkpoints.stop()
+        signal.signal(number, before[number])
+        console.print(f"{signal.Signals(number).name}: finishing the round, then saving; once more to end at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rewind_jsonl(path: pathlib.Path, round: int) -> float:
+    """Leaves only the records of rounds up to this one, without a line that was cut short; returns the "seconds" of the last.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as where:
+    ...     path = pathlib.Path(where) / "m.jsonl"
+    ...     _ = path.write_text('{"round": 1, "seconds": 2.5}\\n{"round": 3, "seconds": 4}\\n{"rou')
+    ...     rewind_jsonl(path, 2), path.read_text()
+    (2.5, '{"round": 1, "seconds": 2.5}\\n')
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= round]
+    _replace_text(path, "".join(kept))
+    return json.loads(kept[-1])["seconds"] if kept else 0.0
+
+
+def _replace_text(path: pathlib.Path, text: str) -> None:
+    """All of it or, if the program is killed, nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def run_folder(options: Options, name: str) -> pathlib.Path:
     """A new empty folder, as nothing that is there is overwritten; with `resume` an earlier one.
 
     Raises:
-        FileExistsError: `--out` names a folder that is not empty, without `--resume True`.
+        FileExistsError: `--out` names a folder that is not empty.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
     ...     run_folder(Options(out=where + "/a"), "x").name
     'a'
     """
+    if options.resume is not None:
+        return pathlib.Path(options.resume)
     if options.out is not None:
         folder = pathlib.Path(options.out)
-        if options.resume:
-            if not folder.is_dir():
-                raise FileNotFoundError(f"out is {options.out!r}; allowed with resume: the folder of a comparison")
-            return folder
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"out is {options.out!r}; allowed: a new or empty folder, or any with --resume True")
+            raise FileExistsError(f"out is {options.out!r}; allowed: a new or empty folder; --resume goes on with one")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     number = 1
@@ -166,6 +291,7 @@ def run_method(
     layout: Layout | None = None,
     store: Store | None = None,
     group: int | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[list[report.Record]]:
     """Runs one method under a progress bar; returns the records of each seed.
 
@@ -177,6 +303,7 @@ def run_method(
         layout: of `placement.seeds_layout`.
         store: where the clients' states are to live, if not on the device.
         group: how many of a cohort's are then on the devices at a time, if not all.
+        checkpoints: what is saved, and gone on from.
 
     >>> from fedkd_jax.build import build_algorithm, build_data
     >>> from fedkd_jax.config import DataConfig
@@ -189,7 +316,8 @@ def run_method(
     >>> rows[-1]["round"]
     1
     """
-    task = progress.add_task(label, total=config.rounds)
+    done_before = 0 if checkpoints is None else checkpoints.latest() or 0
+    task = progress.add_task(label, total=config.rounds, completed=done_before)
     counts, size = clients.test.count, clients.size
     of_clients = clients.scores[-1:] if len(counts) <= SEVERAL_CLIENTS else ()
     keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
@@ -225,7 +353,7 @@ def run_method(
     if layout is None:
         (key,) = keys
         options |= dict(on_evaluation=lambda history: on_evaluation([history]), store=store, eval_ids=clients.eval_ids)
-        options |= dict(participation=build_participation(config), group=group)
+        options |= dict(participation=build_participation(config), group=group, checkpoints=checkpoints)
         _, history = simulate(algorithm, size, clients.source or clients.train, key, **options)
         return records([history])
     options |= dict(on_evaluation=on_evaluation, layout=layout)
@@ -276,7 +404,7 @@ def write_config(folder: pathlib.Path, config: Experiment) -> None:
     ...     write_config(pathlib.Path(where), Experiment()); load_config(where + "/config.yaml") == Experiment()
     True
     """
-    (folder / "config.yaml").write_text(to_yaml(config))
+    _replace_text(folder / "config.yaml", to_yaml(config))
 
 
 def plot_clients(folder: pathlib.Path, clients: Clients) -> None:
@@ -342,13 +470,16 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Within it, an error in the user's input ends the program with one line on standard error instead of a traceback.
+def one_line_errors(*errors: type[Exception]):
+    """Within it, an error in the user's input, or such as are given, ends the program with one line on standard error instead
+    of a traceback.
 
     >>> with one_line_errors(): pass
     """
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except Exception as error:
+        if not isinstance(error, errors or (ValueError, OSError, ModuleNotFoundError)):
+            raise
         console.file.flush()
         sys.exit(f"error: {' '.join(str(error).split())}")

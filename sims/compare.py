@@ -7,7 +7,7 @@ score, accuracy.png, f1.png or auc.png; bars.png; pareto.png; spread.png or clie
 grid of T; clients.png, who holds what), remarks.txt where there is something to know, and all of it as one page, report.html.
 
 A cell is one method with one seed. Its evaluations are in cells/DIGEST.partial while it runs and in cells/DIGEST.jsonl when it
-is finished. With `--out FOLDER --resume True` finished cells of the same digest are not run again, whatever else the config
+is finished. With `--resume FOLDER` finished cells of the same digest are not run again, whatever else the config
 now has, also more methods or seeds; nothing in cells/ is ever deleted but partial files.
 
 With `--seeds-at-once True` the seeds of a method that are left to run do so in one program, see `placement.seeds_layout`.

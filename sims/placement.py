@@ -142,12 +142,13 @@ def choose_stores(
     """
     size = clients.size
     touched = min(size, config.rounds * (config.cohort or size))
-    out = pathlib.Path(options.out or "runs").absolute()
+    out = pathlib.Path(options.resume or options.out or "runs").absolute()
     folder = next(p for p in (out, *out.parents) if p.exists())
+    there = sum(path.stat().st_size for path in out.glob("checkpoint/clients*.bin")) if options.resume else 0
     limits = {
         "device": (hardware.memory_bytes(), "the devices' memory"),
         "host": (hardware.host_memory_bytes() // 2, "half of the memory"),
-        "disk": (shutil.disk_usage(folder).free, "what is free on the disk"),
+        "disk": (shutil.disk_usage(folder).free + there, "what is free on the disk"),
     }
     chosen = {}
     for name, algorithm in algorithms.items():
@@ -179,8 +180,8 @@ def choose_stores(
 
 
 @contextlib.contextmanager
-def open_store(where: str, folder: pathlib.Path) -> Iterator[Store | None]:
-    """The store of a run, None for "device"; what "disk" keeps is deleted at the end.
+def open_store(where: str, folder: pathlib.Path, *, stays: bool = False) -> Iterator[Store | None]:
+    """The store of a run, None for "device"; what "disk" keeps is deleted at the end, unless it `stays`.
 
     >>> with open_store("host", pathlib.Path()) as store: len(store)
     0
@@ -188,12 +189,9 @@ def open_store(where: str, folder: pathlib.Path) -> Iterator[Store | None]:
     if where != "disk":
         yield HostStore() if where == "host" else None
         return
-    with tempfile.TemporaryDirectory(prefix="states-", dir=folder) as states:
-        store = DiskStore(states)
-        try:
-            yield store
-        finally:
-            store.close()
+    temporary = contextlib.nullcontext(folder) if stays else tempfile.TemporaryDirectory(prefix="states-", dir=folder)
+    with temporary as states, contextlib.closing(DiskStore(states, resume=stays)) as store:
+        yield store
 
 
 def _state_bytes(algorithm: Algorithm, clients: Clients) -> int:

@@ -3,6 +3,10 @@
 Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, a picture of
 the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md and table.csv, and remarks.txt where
 there are any. `python -m sims.report FOLDER` makes a page of it.
+
+Its checkpoint is written while it runs (--save-rounds, --save-minutes) and at its end. After a kill, a full disk, Ctrl-C or
+SIGTERM, which finish the round and save, `python -m sims.run --resume FOLDER` goes on to the same numbers; with `--rounds N`
+also a run that had ended.
 """
 
 if __name__ == "__main__":
@@ -11,16 +15,21 @@ if __name__ == "__main__":
     hardware.prepare_environment()
 
 import contextlib
+import dataclasses
 import pathlib
+import shlex
+import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
-from fedkd_jax import plots, report
+from fedkd_jax import Checkpoints, Stopped, plots, report
 from fedkd_jax.build import build_algorithm, build_data, build_participation
+from fedkd_jax.config import load_config
 from sims import common, hardware, placement
 
 
@@ -29,7 +38,13 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     with common.one_line_errors():
         config, options = common.parse("run", argv)
         name = options.method or next(iter(config.methods))
-        method = config.methods[name]
+        method, saved = config.methods[name], config
+        if options.resume is not None:
+            earlier = pathlib.Path(options.resume)
+            saved, was = load_config(earlier / "config.yaml"), common.read_options(earlier).method
+            if was not in (None, name):
+                raise ValueError(f"method is {name!r}; allowed: {was!r}, that of {earlier}")
+            common.check_same(saved, config, name, earlier)
         hardware.make_devices(options.devices)  # some data are made with JAX
         hardware.start_processes(options.processes)
         first = jax.process_index() == 0
@@ -42,10 +57,19 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         if first:
             folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
         else:
-            folder = pathlib.Path(options.out or "")
+            folder = pathlib.Path(options.resume or options.out or "")
     multihost_utils.sync_global_devices("the folder is there")
+    saves = options.save_rounds is not None or options.save_minutes is not None
+    cadence = dict(rounds=options.save_rounds, minutes=options.save_minutes, keep=options.keep)
+    checkpoints = Checkpoints(folder / "checkpoint", **cadence) if saves else None
+    done = 0 if checkpoints is None else checkpoints.latest() or 0
     if first:
-        common.write_config(folder, config)
+        devices = layout.devices // jax.process_count()
+        resolved: dict[str, Any] = dict(method=name, store=where, devices=devices)
+        if layout.chunk is not None:
+            resolved["chunk"] = str(layout.chunk)
+        common.write_options(folder, dataclasses.replace(options, **resolved))
+        common.write_config(folder, config)  # with it there is something to resume
         common.plot_clients(folder, clients)
         common.tell_remarks(folder, clients)
     common.console.print(hardware.describe(layout, config.cohort or clients.size))
@@ -54,12 +78,20 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         f"{name}: {clients.size:,} clients with {int(np.min(clients.train.count))} to {int(np.max(clients.train.count))}"
         f" training examples{in_all} -> {folder}"
     )
+    if options.resume is not None:
+        common.console.print(f"goes on after round {done}" if done else "no checkpoint yet: from the start")
+        if config.rounds != saved.rounds:
+            common.console.print(f"rounds is {config.rounds}, was {saved.rounds}: so long are schedules from here on")
 
     versions = hardware.versions()
-    stored = placement.open_store(where, folder)
-    events = SummaryWriter(str(folder)) if first else contextlib.nullcontext()
-    with events as writer, common.progress_bar() as progress, stored as store:
-        began, of_run = time.perf_counter(), {"method": name, "seed": config.seeds[0]}
+    stored = placement.open_store(where, folder if checkpoints is None else checkpoints.folder, stays=saves)
+    events = SummaryWriter(str(folder), purge_step=done + 1) if first else contextlib.nullcontext()
+    stopping = contextlib.nullcontext([]) if checkpoints is None else common.stop_on_signals(checkpoints)
+    before = common.rewind_jsonl(folder / "metrics.jsonl", done) if first else 0.0
+    with contextlib.ExitStack() as stack:
+        writer, progress = stack.enter_context(events), stack.enter_context(common.progress_bar())
+        store, signals = stack.enter_context(stored), stack.enter_context(stopping)
+        began, of_run = time.perf_counter() - before, {"method": name, "seed": config.seeds[0]}
 
         def on_record(_: int, record: dict) -> None:
             if writer is None:
@@ -74,9 +106,17 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
         seeds = config.seeds[:1]
         group = None if store is None else placement.choose_group(options, algorithm, config.cohort or clients.size)
-        (records,) = common.run_method(
-            config, algorithm, clients, seeds, name, progress, on_record, store=store, group=group
-        )
+        more: dict[str, Any] = dict(store=store, group=group, checkpoints=checkpoints)
+        try:
+            with common.one_line_errors(OSError):
+                (records,) = common.run_method(config, algorithm, clients, seeds, name, progress, on_record, **more)
+        except Stopped as stopped:
+            progress.stop()
+            common.console.print(
+                f"stopped after round {stopped.round} of {config.rounds}, which is saved; it goes on with\n"
+                f"python -m sims.run --resume {shlex.quote(str(folder))}"
+            )
+            sys.exit(128 + signals[0] if signals else 1)
         if store is not None:
             held = f"states of {len(store):,} clients, {report.human_bytes(store.nbytes)} ({where})"
             common.console.print(f"{held}; rounds waited {store.waited:.1f} s for them")
@@ -91,7 +131,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         common.write_table(folder, "clients", report.client_rows({name: [records]}, clients.scores[-1], clients.scored))
     main = clients.scores[-1]
     plots.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
-    common.console.print(f"config, metrics, events, plots and table: {folder}")
+    common.console.print(f"config, metrics, events, plots, table{' and checkpoint' if saves else ''}: {folder}")
     return folder
 
 

@@ -1,19 +1,23 @@
 """Laws of `fedkd_jax.checkpoint`: a run goes on from disk to the same bits, whatever happened after it was saved."""
 
+import errno
 import functools
+import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategies
 import two_processes
 
-from fedkd_jax import DiskStore, HostStore, Layout, load_state, save_state, simulate
+from fedkd_jax import Checkpoints, DiskStore, HostStore, Layout, Stopped, load_state, save_state, simulate
 
 KEY = jax.random.key(23)
 DATA = strategies.small_data()
@@ -93,8 +97,6 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"folder is .*b; allowed: .*a, where the store is"):
         save_state(tmp_path / "b", state)
     save_state(tmp_path / "a", state)
-    with pytest.raises(ValueError, match=r"store is None; allowed: a new HostStore, or DiskStore"):
-        load_state(tmp_path / "a", algorithm(), 5, KEY)
     with pytest.raises(ValueError, match=r"has .*; allowed: .*, as the algorithm has"):
         load_state(tmp_path / "a", algorithm("fedavg"), 5, KEY, store=HostStore())
     with pytest.raises(ValueError, match=r"index-3.npz is of another run's clients"):
@@ -113,7 +115,7 @@ def test_what_is_refused(tmp_path):
         load_state(tmp_path / "a", algorithm(), 5, KEY, store=HostStore())
 
 
-def test_a_file_that_is_cut_and_one_that_is_not_a_disk_stores_are_told(tmp_path):
+def test_a_file_that_is_cut_is_told(tmp_path):
     store = DiskStore(tmp_path / "a")
     save_state(tmp_path / "a", run(store=store))
     with open(store.path, "r+b") as file:
@@ -123,9 +125,6 @@ def test_a_file_that_is_cut_and_one_that_is_not_a_disk_stores_are_told(tmp_path)
     store.close()
     with pytest.raises(ValueError, match="the store is closed"):
         store.take(np.arange(5))
-    save_state(tmp_path / "b", run(store=HostStore()))
-    with pytest.raises(ValueError, match="store is a DiskStore; allowed: a HostStore"):
-        load_state(tmp_path / "b", algorithm(), 5, KEY, store=DiskStore(tmp_path / "b", resume=True))
 
 
 def test_what_a_file_holds_is_never_written_over_by_a_new_run(tmp_path):
@@ -171,3 +170,164 @@ def test_two_processes_go_on_where_one_stopped_and_one_where_two_did(tmp_path):
     chex.assert_trees_all_close(end.clients.take(everybody), alone.clients.take(everybody), rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(rest.rounds, jax.tree.map(lambda x: x[4:], history.rounds), rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(rest.evaluations, history.evaluations[-1:], rtol=1e-4, atol=1e-5)
+
+
+# ---- checkpoints of a run under way ------------------------------------------------------------------------------------
+
+TEST = strategies.small_data(seed=1)
+
+
+def stored(where, folder):
+    return {"device": lambda: None, "host": HostStore, "disk": lambda: DiskStore(folder, resume=True)}[where]()
+
+
+def saved_run(folder, where="device", total=6, on_rounds=None, cohort=2, key=KEY, **options):
+    """The same call each time: it begins, or goes on."""
+    options = dict(rounds=1) | options
+    store, checkpoints = stored(where, folder), Checkpoints(folder, **options)
+    more = dict(test=TEST, eval_every=4, on_rounds=on_rounds, store=store, checkpoints=checkpoints)
+    try:
+        return simulate(algorithm(), 5, DATA, key, rounds=total, cohort=cohort, **more)
+    finally:
+        if where == "disk":
+            store.close()
+
+
+@functools.cache
+def in_one_piece():
+    state, history = simulate(algorithm(), 5, DATA, KEY, rounds=6, cohort=2, test=TEST, eval_every=4)
+    return jax.device_get((state, history))
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(round):
+    def on_rounds(done, _):
+        if done >= round:
+            raise Killed
+
+    return on_rounds
+
+
+def same_as_in_one_piece(folder, where, state, history):
+    clients = state.clients
+    if where != "device":
+        clients = load_state(folder, algorithm(), 5, KEY).clients
+    chex.assert_trees_all_equal(jax.device_get((state.server, clients)), tuple(vars(in_one_piece()[0]).values()))
+    chex.assert_trees_all_equal(history, in_one_piece()[1])
+    chex.assert_trees_all_equal_dtypes(history.rounds, in_one_piece()[1].rounds)
+
+
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_the_same_call_again_is_a_run_in_one_piece(where, tmp_path):
+    """Whenever it ended: before a checkpoint, after one, in rounds after one, or not at all."""
+    for round in (1, 3, 3, 6):
+        with pytest.raises(Killed):
+            saved_run(tmp_path, where, on_rounds=killed_after(round))
+    for _ in range(2):
+        same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
+    with pytest.raises(ValueError, match="rounds is 5; allowed: at least 6, as are done in "):
+        saved_run(tmp_path, where, total=5)
+
+
+@pytest.mark.parametrize(("was", "now"), [("device", "disk"), ("disk", "device"), ("host", "disk"), ("disk", "host")])
+def test_clients_may_go_elsewhere(was, now, tmp_path):
+    for where, round in ((was, 4), (now, 6)):
+        with pytest.raises(Killed):
+            saved_run(tmp_path, where, on_rounds=killed_after(round))
+    same_as_in_one_piece(tmp_path, now, *saved_run(tmp_path, now))
+
+
+def test_a_run_that_is_to_stop_saves_and_goes_on(tmp_path):
+    checkpoints = Checkpoints(tmp_path, minutes=60.0)
+    store = DiskStore(tmp_path, resume=True)
+    options = dict(cohort=2, test=TEST, eval_every=4, store=store, checkpoints=checkpoints)
+    on_rounds = lambda done, _: checkpoints.stop() if done == 2 else None  # noqa: E731
+    with pytest.raises(Stopped, match="stopped after round 2, which is saved"):
+        simulate(algorithm(), 5, DATA, KEY, rounds=6, on_rounds=on_rounds, **options)
+    store.close()
+    assert checkpoints.latest() == 2
+    same_as_in_one_piece(tmp_path, "disk", *saved_run(tmp_path, "disk"))
+
+
+@pytest.mark.parametrize("where", ["device", "disk"])
+def test_the_newest_are_kept_and_an_older_one_is_whole(where, tmp_path):
+    saved_run(tmp_path, where, total=5, keep=3)
+    assert sorted(p.name for p in (tmp_path / "server").iterdir()) == ["3", "4", "5"]
+    shutil.rmtree(tmp_path / "server" / "5")
+    shutil.rmtree(tmp_path / "server" / "4")
+    assert Checkpoints(tmp_path).latest() == 3
+    same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where, keep=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [(dict(rounds=4), [4, 6]), (dict(rounds=None), [6]), (dict(rounds=None, minutes=0.0), [1, 2])],
+)
+def test_a_checkpoint_is_due_by_rounds_by_time_and_at_the_end(options, expected, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr("fedkd_jax.checkpoint.LEAST_SHARE", 0)  # of what the last one took
+
+    def spy(self, state, *more):
+        saved.append(int(state.server.round))
+        save(self, state, *more)
+
+    monkeypatch.setattr(Checkpoints, "save", spy)
+    saved_run(tmp_path, **options)
+    assert saved[: len(expected)] == expected
+    assert saved[-1] == 6
+
+
+@pytest.mark.parametrize("where", ["device", "disk"])
+def test_a_disk_that_is_full_is_told_and_what_was_saved_is_whole(where, tmp_path, monkeypatch):
+    write = os.pwrite
+
+    def full(file, data, at):
+        if full.left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        full.left -= 1
+        return write(file, data, at)
+
+    full.left = 4
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        saved_run(tmp_path, where)
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path).latest() in range(1, 6)
+    same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    saved_run(tmp_path / "a", total=2)
+    with pytest.raises(ValueError, match=r"key is .*; allowed: .*, that of the run in .*a"):
+        saved_run(tmp_path / "a", key=jax.random.key(24))
+    with pytest.raises(ValueError, match=r"cohort is 3; allowed: 2, as in .*a"):
+        saved_run(tmp_path / "a", cohort=3)
+    with pytest.raises(ValueError, match=r"has .*; allowed: .*, as the algorithm has"):
+        simulate(algorithm("fedavg"), 5, DATA, KEY, rounds=3, checkpoints=Checkpoints(tmp_path / "a"))
+    with pytest.raises(ValueError, match="population is a State, with checkpoints; allowed: the number of clients"):
+        simulate(algorithm(), run(rounds=1), DATA, KEY, rounds=3, checkpoints=Checkpoints(tmp_path / "a"))
+    save_state(tmp_path / "b", run(rounds=1))
+    with pytest.raises(ValueError, match="b has a state without a history; allowed: what Checkpoints saved"):
+        saved_run(tmp_path / "b")
+    for options in (dict(rounds=0), dict(minutes=-1.0), dict(keep=0)):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name} is {value}; allowed: at least"):
+            Checkpoints(tmp_path, **options)
+    os.truncate(tmp_path / "a" / "rounds.bin", 10)
+    with pytest.raises(FileNotFoundError, match=r"rounds.bin has 0 rounds; allowed: at least 2"):
+        saved_run(tmp_path / "a")
+
+
+def test_a_type_that_would_be_cast_is_refused(tmp_path):
+    save_state(tmp_path, run())
+    half = algorithm("fedkd, optimiser kept")
+    half = half._replace(init_server=lambda key: jax.tree.map(to_half, algorithm().init_server(key)))
+    with pytest.raises(ValueError, match=r"has .*float32.*; allowed: .*bfloat16"):
+        load_state(tmp_path, half, 5, KEY)
+
+
+def to_half(x):
+    return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x

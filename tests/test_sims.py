@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -18,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import Progress
 
-from fedkd_jax import History, Layout, RoundInfo, client_mesh, report, task_terms
+from fedkd_jax import Checkpoints, History, Layout, RoundInfo, client_mesh, report, task_terms
 from fedkd_jax.build import build_algorithm
 from fedkd_jax.config import load_config, to_yaml
 from fedkd_jax.plots import accuracy_plot
 from fedkd_jax.report import table_rows
-from sims import bench, common, compare, hardware, placement, run
+from sims import bench, common, compare, hardware, placement, run, spectrum
 from sims import report as report_program
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -90,6 +91,43 @@ def test_run_writes_metrics_and_events(tmp_path):
     page = report_program.main([str(folder), "--out", str(tmp_path / "page.html")]).read_text()
     assert lines[-1]["method"] == "FedKD"
     assert page.count("--method FedKD --seeds 0") == 1
+
+
+def timeless(folder):
+    records = common.read_jsonl(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in records]
+
+
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_a_run_goes_on_from_its_folder(store, tmp_path, monkeypatch, capsys):
+    """After SIGTERM, and a line that was cut short, with what was asked for the first time; `sims.kills` kills."""
+    flags = [str(ROOT / "configs" / "digits.yaml"), "--method", "local only", "--rounds", "6", "--eval-every", "2"]
+    flags += ["--store", store, "--devices", "1"]
+    whole, part = run.main([*flags, "--out", str(tmp_path / "whole")]), tmp_path / "part"
+    note = Checkpoints.note
+
+    def terminated(self, first, info):
+        note(self, first, info)
+        if first >= 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "note", terminated)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        run.main([*flags, "--out", str(part)])
+    monkeypatch.undo()
+    assert f"of 6, which is saved; it goes on with\npython -m sims.run --resume {part}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with (part / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 5, "acc')
+    assert run.main(["--resume", str(part)]) == part
+    assert timeless(part) == timeless(whole)
+    assert (part / "table.csv").read_text() == (whole / "table.csv").read_text()
+    with pytest.raises(SystemExit, match=r"cohort is 3, in .*part None; data.clients is 9, in .*part 20; allowed"):
+        run.main(["--resume", str(part), "--cohort", "3", "--data.clients", "9"])
+    with pytest.raises(SystemExit, match="method is 'FedKD'; allowed: 'local only', that of "):
+        run.main(["--resume", str(part), "--method", "FedKD"])
+    run.main(["--resume", str(part), "--rounds", "7"])
+    assert [record["round"] for record in timeless(part)] == [2, 4, 6, 7]
 
 
 def test_devices_and_chunks_give_the_same_numbers(tmp_path):
@@ -289,7 +327,7 @@ def test_a_comparison_goes_on_where_it_was_left(tmp_path):
     second.with_suffix(".partial").write_text(second.read_text()[:-30])
     second.unlink()
     (part / "cells" / "of-another-config.jsonl").write_text(kept)
-    again = compare.main([*flags, "--seeds", "0", "1", "--resume", "True", "--out", str(part)])
+    again = compare.main([*flags, "--seeds", "0", "1", "--resume", str(part)])
     assert first.read_text() == kept  # not run again: the same seconds
     assert (part / "cells" / "of-another-config.jsonl").read_text() == kept
     assert not list((part / "cells").glob("*.partial"))
@@ -334,7 +372,7 @@ def test_seeds_at_once_are_cells_of_their_own(eight_devices, tmp_path, capsys, m
             told.append((record["round"], sorted(len(common.read_jsonl(p)) for p in cells.glob("*.partial"))))
 
     monkeypatch.setattr(common, "append_jsonl", spy)
-    flags = ["--devices", "2", "--seeds", "0", "1", "2", "--out", str(tmp_path / "out"), "--resume", "True"]
+    flags = ["--devices", "2", "--seeds", "0", "1", "2", "--resume", str(tmp_path / "out")]
     flags += ["--seeds-at-once", "True"]
     out = compare.main([str(tmp_path / "config.yaml"), *flags])
     assert "local, seeds 0, 2 " in capsys.readouterr().out
@@ -363,15 +401,23 @@ def test_seeds_run_at_once_where_devices_are_busy_and_states_fit(eight_devices, 
     assert (devices(2, 2), devices(3, 2)) == (2, None)
 
 
-def test_resuming_without_a_folder_is_told(tmp_path):
+def test_what_may_not_be_resumed_is_told(tmp_path):
     path = str(ROOT / "configs" / "digits.yaml")
     for program, flags, said in (
-        (compare, [], "resume is True"),
-        (run, ["--out", str(tmp_path)], "resume is True"),
-        (compare, ["--out", str(tmp_path / "nowhere")], "the folder of a comparison"),
+        (compare, ["--resume", str(tmp_path), "--out", str(tmp_path)], "without --out"),
+        (spectrum, ["--resume", str(tmp_path)], "allowed: null, or for sims.run and sims.compare"),
+        (run, ["--resume", str(tmp_path / "nowhere")], "the folder of a run or a comparison"),
+        (run, ["--resume", str(tmp_path)], "config.yaml"),
+        (run, ["--save-rounds", "0"], "save_rounds is 0"),
+        (run, ["--save-minutes", "-1"], "save_minutes is -1"),
+        (run, ["--keep", "0"], "keep is 0"),
     ):
         with pytest.raises(SystemExit, match=said):
-            program.main([path, *small(pathlib.Path(path)), *flags, "--resume", "True"])
+            program.main([path, *small(pathlib.Path(path)), *flags])
+
+
+def test_cells_are_told_apart_by_method_and_data():
+    path = str(ROOT / "configs" / "digits.yaml")
     config = load_config(path)
     cells = [compare.cell_of(config, method, 0, examples) for method in config.methods.values() for examples in "ab"]
     assert len(set(cells)) == len(cells)
