@@ -1,7 +1,8 @@
 """A run on disk, to go on from: the server by Orbax, the clients with it or, where they are in a store, in the store's files.
 
 A checkpoint is there when Orbax has renamed its folder; until then the one before is, and nothing that it needs is written
-over: not rows of clients (see `stores.py`), not the history, which only grows.
+over: not rows of clients (see `stores.py`), not the history, which only grows. Between two of them the newest state may be in
+the journal.
 """
 
 import math
@@ -11,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from fedkd_jax.history import HistoryFiles
+from fedkd_jax.journal import Journal
 from fedkd_jax.parallel import Layout
 from fedkd_jax.population import state_shapes
 from fedkd_jax.stores import HostStore, Store
@@ -40,16 +43,17 @@ class Checkpoints:
     """What `simulate(checkpoints=...)` saves, and goes on from where there is something: the same call again, after a run was
     stopped or killed, gives the bits of one that never was.
 
-    A checkpoint is the server, the clients wherever they live, codecs' states, the run's key, and the history. It is written
-    while the next rounds run; what is there stays whole until the next one is, at whatever moment the process ends. Of
-    several processes all have one, with a folder that all of them see.
+    What is saved is the server, the clients wherever they live, codecs' states, the run's key, and the history; what is there
+    stays whole until the next is, at whatever moment the process ends. Of several processes all have one, with a folder that
+    all of them see.
 
     Args:
         folder: where; a `DiskStore` must be `DiskStore(folder, resume=True)` of the same folder.
-        rounds: one after every so many rounds, counted from the run's first; None for none by rounds.
-        minutes: one after so many minutes, or 20 times what the last one took, if that is longer; None for none by time. There
-            is always one after the last round.
-        keep: so many of the newest stay.
+        rounds: the state goes into the journal after every so many rounds, counted from the run's first, in milliseconds; it
+            survives the process, not the machine (see `Journal`). Of several processes it is a checkpoint. None for never.
+        minutes: a checkpoint by Orbax, while the next rounds run, after so many minutes, or 20 times what the last one took, if
+            that is longer; None for none by time. There is always one after the last round.
+        keep: so many of the newest checkpoints stay.
 
     Raises:
         ValueError: `rounds`, `minutes` or `keep` out of range.
@@ -67,7 +71,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, *, rounds: int | None = None, minutes: Number | None = None, keep: int = 1
+        self, folder: str | pathlib.Path, *, rounds: int | None = None, minutes: Number | None = 5, keep: int = 1
     ):
         if rounds is not None and rounds < 1:
             raise ValueError(f"rounds is {rounds}; allowed: at least 1, or None")
@@ -79,13 +83,15 @@ class Checkpoints:
         self._stop = False
 
     def latest(self) -> int | None:
-        """The round of the newest checkpoint, None where there is none.
+        """The newest round that is saved, None where there is none.
 
         >>> Checkpoints("nowhere").latest() is None
         True
         """
-        steps = [int(p.name) for p in (self.folder / "server").glob("*") if p.name.isdigit()]
-        return max(steps, default=None)
+        rounds = [int(p.name) for p in (self.folder / "server").glob("*") if p.name.isdigit()]
+        if (record := Journal(self.folder).newest()) is not None:
+            rounds.append(record[0]["round"])
+        return max(rounds, default=None)
 
     def stop(self) -> None:
         """Asks the run to end after the rounds that are under way, which it then saves; `simulate` raises `Stopped`. For a
@@ -95,15 +101,19 @@ class Checkpoints:
     def open(
         self, algorithm: Algorithm, population: int, key: Key, store: Store | None, *, rounds: int, cohort: int
     ) -> tuple[State, History] | None:
-        """The newest checkpoint, if there is one. This and the following are what `simulate` calls."""
+        """The newest state that is saved, if there is one. This and the following are what `simulate` calls."""
         self._store, self._key, self._files = store, key, HistoryFiles(self.folder)
+        self._journal, self._saving, self._whole = Journal(self.folder), None, False
         self._begun, self._took, self._evaluated = time.monotonic(), 0.0, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = _manager(self.folder, self.keep, wait=False)
         try:
-            if self._manager.latest_step() is None:
+            record, step = self._journal.newest(), self._manager.latest_step()
+            if record is not None and step is not None and record[0]["round"] <= step:
+                record = None
+            if record is None and step is None:
                 return None
-            state, meta = _load(self._manager, self.folder, algorithm, population, key, store)
+            state, meta = _load(self._manager, self.folder, algorithm, population, key, store, record)
             done = int(state.server.round)
             history = self._files.read(done, meta["rounds"], meta["evaluations"])
             if done > rounds:
@@ -128,18 +138,25 @@ class Checkpoints:
         """Whether to save after this round."""
         least = math.inf if self.minutes is None else max(60 * self.minutes, LEAST_SHARE * self._took)
         self._stop, by_time = _any_process(self._stop, bool(time.monotonic() - self._begun >= least))
-        return self._stop or by_time or round == self.bound(round - 1, last)
+        by_rounds = round == self.bound(round - 1, last)
+        self._whole = self._stop or by_time or round == last or (by_rounds and jax.process_count() > 1)
+        return self._whole or by_rounds
 
     def save(self, state: State, evaluations: Sequence[dict], last: int) -> None:
-        """Saves what is there; then raises `Stopped`, if it was to stop. The state may be consumed afterwards."""
+        """Saves what is there, as `due` said; raises `Stopped`, if it was to stop. The state may be consumed afterwards."""
         round, start = int(state.server.round), time.monotonic()
         try:
-            self._settle()
             for evaluation in evaluations[self._evaluated :]:
                 self._files.write_evaluation(evaluation)
             self._evaluated = len(evaluations)
-            about = {"rounds": self._files.sync(), "evaluations": [e["round"] for e in evaluations]}
-            _save(self._manager, self.folder, state, self._store, self._key, about)
+            about = {"rounds": self._files.fields(), "evaluations": [e["round"] for e in evaluations]}
+            meta = _about(state, self._store, self._key) | about
+            if not self._whole:
+                return self._note_down(state, meta)
+            self._settle()
+            self._files.sync()
+            _save(self._manager, self.folder, state, self._store, meta)
+            self._saving = round
             if self._stop or round == last:
                 self._settle()
         except OSError as error:
@@ -151,13 +168,27 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of what it holds open."""
         self._files.close()
+        self._journal.close()
         self._manager.close()
 
     def _settle(self) -> None:
         """The last checkpoint is there, and those before it are forgotten."""
         self._manager.wait_until_finished()
-        if self._store is not None and (rounds := self._manager.all_steps()):
-            self._store.forget(self.folder, rounds)
+        self._forget_others(self._saving)
+
+    def _note_down(self, state: State, meta: dict) -> None:
+        round, carried, index = meta["round"], state, {}
+        if self._store is not None:
+            carried, index = state.server, self._store.index(self.folder, round, sync=False)
+        meta["index"] = [[name, x.dtype.str, list(x.shape)] for name, x in index.items()]
+        self._journal.write(meta, [*map(_plain, jax.tree.leaves(carried)), *index.values()])
+        self._forget_others(round)
+
+    def _forget_others(self, round: int | None) -> None:
+        """Of clients in a store, what is needed for checkpoints and this round is kept."""
+        rounds = {*self._manager.all_steps(), *(r for r in (self._saving, round) if r is not None)}
+        if self._store is not None and rounds:
+            self._store.forget(self.folder, sorted(rounds))
 
 
 def save_state(folder: str | pathlib.Path, state: State) -> None:
@@ -187,7 +218,7 @@ def save_state(folder: str | pathlib.Path, state: State) -> None:
             raise ValueError(
                 f"{folder} has a checkpoint of round {there}; allowed: one of a round before {round}, or none"
             )
-        _save(manager, folder, state, store, None, {"rounds": None, "evaluations": []})
+        _save(manager, folder, state, store, _about(state, store, None) | {"rounds": None, "evaluations": []})
         manager.wait_until_finished()
     if store is not None:
         store.forget(folder, [round])
@@ -224,21 +255,34 @@ def load_state(
         return _load(manager, folder, algorithm, population, key, store)[0]
 
 
-def _save(manager, folder: pathlib.Path, state: State, store: Store | None, key: Key | None, about: dict) -> None:
-    round, carried = int(state.server.round), state if store is None else state.server
-    meta = {"store": store is not None, "processes": jax.process_count(), "shapes": _shapes(carried), **about}
-    meta["key"] = None if key is None else np.asarray(jax.random.key_data(key)).tolist()
+def _about(state: State, store: Store | None, key: Key | None) -> dict:
+    """What must be as it was for the state to be of use."""
+    carried = state if store is None else state.server
+    return {
+        "round": int(state.server.round),
+        "store": store is not None,
+        "processes": jax.process_count(),
+        "shapes": _shapes(carried),
+        "key": None if key is None else np.asarray(jax.random.key_data(key)).tolist(),
+    }
+
+
+def _save(manager, folder: pathlib.Path, state: State, store: Store | None, meta: dict) -> None:
     if store is not None:
-        store.save(folder, round)
-    args = ocp.args.Composite(state=ocp.args.StandardSave(carried), meta=ocp.args.JsonSave(meta))
-    manager.save(round, args=args)
+        store.save(folder, meta["round"])
+    carried = ocp.args.StandardSave(state if store is None else state.server)
+    manager.save(meta["round"], args=ocp.args.Composite(state=carried, meta=ocp.args.JsonSave(meta)))
 
 
 def _load(
-    manager, folder: pathlib.Path, algorithm: Algorithm, population: int, key: Key, store: Store | None
+    manager, folder: pathlib.Path, algorithm: Algorithm, population: int, key: Key, store: Store | None, record=None
 ) -> tuple[State, dict]:
-    round, layout = manager.latest_step(), algorithm.layout or Layout()
-    meta = manager.restore(round, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """The newest checkpoint, or what a record of the journal says."""
+    layout, steps, index, arrays = algorithm.layout or Layout(), manager.all_steps(), None, None
+    if record is None:
+        meta = manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    else:
+        meta, arrays = record
     own_key = np.asarray(jax.random.key_data(key)).tolist()
     if meta["key"] not in (None, own_key):
         raise ValueError(f"key is {own_key}; allowed: {meta['key']}, that of the run in {folder}")
@@ -248,19 +292,28 @@ def _load(
         pairs = zip(meta["shapes"], shapes, strict=False)
         saved, own = next((p for p in pairs if p[0] != p[1]), ("other leaves", "these"))
         raise ValueError(f"{folder} has {saved}; allowed: {own}, as the algorithm has")
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_placed(abstract, layout)))
-    restored = manager.restore(round, args=args)["state"]
+    placed = _placed(abstract, layout)
+    if arrays is None:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(placed))
+        restored = manager.restore(steps[-1], args=args)["state"]
+    else:
+        leaves, tree = jax.tree.flatten(placed)
+        plain = [jax.eval_shape(_plain, leaf) for leaf in leaves]
+        read = arrays([(x.dtype, x.shape) for x in plain] + [(dtype, shape) for _, dtype, shape in meta["index"]])
+        restored = tree.unflatten([_typed(x, leaf) for x, leaf in zip(read, leaves, strict=False)])
+        index = {name: x for (name, *_), x in zip(meta["index"], read[len(leaves) :], strict=True)}
+        steps = [*steps, meta["round"]]
     clients_key = jax.random.split(key)[0]  # as `simulate` does
     if not meta["store"]:
         if store is not None:
             store.open(algorithm, clients_key, population)
             store.write(np.arange(population), jax.tree.map(lambda x: x[:population], restored.clients))
-            store.round = round
+            store.round = meta["round"]
             restored = State(server=restored.server, clients=store)
         return restored, meta
     into = HostStore() if store is None else store
     into.open(algorithm, clients_key, population)
-    into.load(folder, manager.all_steps(), meta["processes"])
+    into.load(folder, steps, meta["processes"], index)
     return State(server=restored, clients=into if store is not None else _stacked(into, whole.clients, layout)), meta
 
 
@@ -284,6 +337,16 @@ def _kept(error: OSError, folder: pathlib.Path, round: int | None) -> OSError:
     return OSError(f"{error}; {folder} has {there}")
 
 
+def _plain(leaf: jax.Array) -> jax.Array:
+    """Numbers, also of random keys."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _typed(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    keys = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+    return jax.device_put(jax.random.wrap_key_data(leaf) if keys else leaf, like.sharding)
+
+
 def _any_process(*flags: bool) -> tuple[bool, ...]:
     """Of each flag whether a process has it."""
     if jax.process_count() == 1:
@@ -293,7 +356,7 @@ def _any_process(*flags: bool) -> tuple[bool, ...]:
 
 def _shapes(tree: PyTree) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    each = [f"{jax.tree_util.keystr(path)} {jax.numpy.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves]
+    each = [f"{jax.tree_util.keystr(path)} {jnp.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves]
     return [*each, str(jax.tree.structure(tree))]
 
 

@@ -27,7 +27,7 @@ class HistoryFiles:
     >>> info = RoundInfo(**some(RoundInfo) | {"terms": LossTerms(**some(LossTerms)), "ranks": ranks, "turn": ()})
     >>> files.write(0, info)
     >>> files.write_evaluation({"round": 2, "model": {"accuracy": np.ones(3)}, "pooled": {"model": {"accuracy": 1.0}}})
-    >>> history = files.read(2, files.sync(), [2])
+    >>> history = files.read(2, files.fields(), [2])
     >>> history.rounds.ranks["dense_0/kernel"].shape, history.evaluations[0]["pooled"]
     ((2, 3), {'model': {'accuracy': 1.0}})
     >>> files.close()
@@ -73,16 +73,19 @@ class HistoryFiles:
             os.fsync(file.fileno())
         path.with_suffix(".tmp").rename(path)
 
-    def sync(self) -> list | None:
-        """Puts what was written on the disk; returns what a row is, `[[field, dtype, shape]]`, None where there was none."""
+    def sync(self) -> None:
+        """Puts the rows on the disk."""
         if self._file is not None:
             os.fsync(self._file)
+
+    def fields(self) -> list | None:
+        """What a row is, `[[field, dtype, shape]]`, None where there was none."""
         if self._dtype is None:
             return None
         return [[name, of.base.str, list(of.shape)] for name, (of, *_) in (self._dtype.fields or {}).items()]
 
     def read(self, rounds: int, fields: list | None, evaluations: Sequence[int]) -> History:
-        """The first rounds, whose rows are what `sync` said, and the evaluations of these rounds.
+        """The first rounds, whose rows are what `fields` said, and the evaluations of these rounds.
 
         Raises:
             FileNotFoundError: a file is gone or too short.

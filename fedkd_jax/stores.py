@@ -9,7 +9,7 @@ import mmap
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,17 +160,26 @@ class Store:
     def save(self, folder: pathlib.Path, round: int) -> None:
         """Puts what is needed to go on from this round on the disk of `folder`; what older ones need is still there.
 
-        The rows of clients, and index-ROUND.npz: which file and slot each client's row is in.
+        The rows of clients, and index-ROUND.npz, what `index` says.
         """
-        self._opened()
-        ids = np.array(sorted(self._slots), np.int64)
-        files, slots = self._files(folder, round, np.array([self._slots[i] for i in ids.tolist()], np.int64))
+        index = self.index(folder, round, sync=True)
         path = folder / f"index-{round}{_part()}.npz"
         with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, ids=ids, slots=slots, files=np.array(files), key=self._key, row_bytes=self.row_bytes)
+            np.savez(file, **index)
             file.flush()
             os.fsync(file.fileno())
         path.with_suffix(".tmp").rename(path)
+
+    def index(self, folder: pathlib.Path, round: int, *, sync: bool) -> dict[str, Any]:
+        """Which file of `folder` and slot each client's row is in after this round; from now on they stay as they are.
+
+        With `sync` they survive a loss of power.
+        """
+        self._opened()
+        ids = np.array(sorted(self._slots), np.int64)
+        slots = np.array([self._slots[i] for i in ids.tolist()], np.int64)
+        files, slots = self._files(folder, round, slots, sync)
+        return dict(ids=ids, slots=slots, files=np.array(files), key=self._key, row_bytes=np.array(self.row_bytes))
 
     def forget(self, folder: pathlib.Path, rounds: Sequence[int]) -> None:
         """Only checkpoints of these rounds are needed any more."""
@@ -179,9 +188,15 @@ class Store:
             if found and int(found[1]) not in rounds:
                 path.unlink()
 
-    def load(self, folder: pathlib.Path, rounds: Sequence[int], processes: int) -> None:
+    def load(
+        self,
+        folder: pathlib.Path,
+        rounds: Sequence[int],
+        processes: int,
+        index: Mapping[str, Any] | None = None,
+    ) -> None:
         """Goes on from what `save` left in the last of these rounds, by as many processes as there were then; by how many it is
-        now does not matter. What it left in the others is kept.
+        now does not matter. What it left in the others is kept. With `index`, from what that said of the last round.
 
         Raises:
             FileNotFoundError: a file of it is gone.
@@ -193,10 +208,10 @@ class Store:
         share = (self._population or 0) // jax.process_count()
         for p in range(processes):
             path = folder / f"index-{rounds[-1]}{_part(p, processes)}.npz"
-            with np.load(path) as index:
-                if not np.array_equal(index["key"], self._key) or index["row_bytes"] != self.row_bytes:
+            with contextlib.nullcontext(index) if index is not None else np.load(path) as said:
+                if not np.array_equal(said["key"], self._key) or said["row_bytes"] != self.row_bytes:
                     raise ValueError(f"{path} is of another run's clients; allowed: the same algorithm and key")
-                ids, slots, files = (index[name] for name in ("ids", "slots", "files"))
+                ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
             mine = np.full(len(ids), True) if jax.process_count() == 1 else ids // share == jax.process_index()
             self._elsewhere.update(ids[~mine].tolist())
             self._adopt(folder, files.tolist(), ids, slots, mine)
@@ -206,7 +221,7 @@ class Store:
     def close(self) -> None:
         """Lets go of what it holds open."""
 
-    def _files(self, folder: pathlib.Path, round: int, slots: np.ndarray) -> tuple[list[str], np.ndarray]:
+    def _files(self, folder: pathlib.Path, round: int, slots: np.ndarray, sync: bool) -> tuple[list[str], np.ndarray]:
         """The rows in these slots, on the disk: names of files, and slots in these."""
         raise NotImplementedError
 
@@ -281,7 +296,7 @@ class HostStore(Store):
         for chunk, which, where in self._of_chunk(slots):
             chunk[where] = rows[which]
 
-    def _files(self, folder, round, slots):
+    def _files(self, folder, round, slots, sync):
         path = folder / f"rows-{round}{_part()}.tmp"
         size = max(1, CHUNK_BYTES // max(self.row_bytes, 1))
         with open(path, "wb") as file:
@@ -290,7 +305,8 @@ class HostStore(Store):
                 self._read(rows, np.arange(len(some)), some)
                 file.write(rows.data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         path = path.rename(path.with_suffix(".bin"))
         return [path.name], np.arange(len(slots))
 
@@ -323,9 +339,8 @@ class DiskStore(Store):
         self.path = pathlib.Path(folder) / f"clients{_part()}.bin"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL)
-        if resume and not any(
-            self.path.parent.glob("index-*.npz")
-        ):  # no checkpoint: nothing is needed of what is there
+        needed = [*self.path.parent.glob("index-*.npz"), *self.path.parent.glob("journal-*.bin")]
+        if resume and not needed:  # no checkpoint: what is there is of no use
             flags |= os.O_TRUNC
         self._disk = _Files([(self.path, os.open(self.path, flags, 0o644))])
 
@@ -344,10 +359,11 @@ class DiskStore(Store):
     def _write(self, rows, slots):
         self._disk.write(rows, slots)
 
-    def _files(self, folder, round, slots):
+    def _files(self, folder, round, slots, sync):
         if folder.resolve() != self.path.parent.resolve():
             raise ValueError(f"folder is {folder}; allowed: {self.path.parent}, where the store is")
-        os.fsync(self._disk.own())
+        if sync:
+            os.fsync(self._disk.own())
         self._kept[round] = set(slots[slots < FILE].tolist())
         return [path.name for path, _ in self._disk.files], slots
 
@@ -379,6 +395,7 @@ class DiskStore(Store):
                     slots, files = index["slots"], index["files"].tolist()
                 own = slots[np.array(files)[slots // FILE] == self.path.name] % FILE if files else slots
                 self._kept.setdefault(int(found[1]), set()).update(own.tolist())
+        self._kept[rounds[-1]] = {slot for slot in self._slots.values() if slot < FILE}
         needed = set().union(*self._kept.values(), self._slots.values())
         self._free = sorted(set(range(self._used)) - needed, reverse=True)
 

@@ -253,8 +253,10 @@ def test_a_run_that_is_to_stop_saves_and_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["device", "disk"])
-def test_the_newest_are_kept_and_an_older_one_is_whole(where, tmp_path):
-    saved_run(tmp_path, where, total=5, keep=3)
+def test_the_newest_are_kept_and_an_older_one_is_whole(where, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedkd_jax.checkpoint.LEAST_SHARE", 0)  # of what the last one took: one after each call
+    monkeypatch.setattr(sys.modules["fedkd_jax.simulate"], "SECONDS_PER_CALL", 0)
+    saved_run(tmp_path, where, total=5, keep=3, rounds=None, minutes=0.0)
     assert sorted(p.name for p in (tmp_path / "server").iterdir()) == ["3", "4", "5"]
     shutil.rmtree(tmp_path / "server" / "5")
     shutil.rmtree(tmp_path / "server" / "4")
@@ -290,7 +292,7 @@ def test_a_disk_that_is_full_is_told_and_what_was_saved_is_whole(where, tmp_path
         full.left -= 1
         return write(file, data, at)
 
-    full.left = 4
+    full.left = 50
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left on device"):
         saved_run(tmp_path, where)
