@@ -256,14 +256,20 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     parser.add_argument("--quick", action="store_true", help="small cohorts and two repetitions, to see that it runs")
     parser.add_argument("--devices", type=int, help="devices the clients are split over; default all")
     parser.add_argument("--out", help="folder for the results; default runs/bench-NAME-N")
+    parser.add_argument("--resume", help="scale: the folder of an earlier one, whose finished groups are not run again")
     chosen = parser.parse_args(argv)
     with common.one_line_errors():
         devices = hardware.choose_devices(chosen.devices, cohort=100)
-        folder = common.run_folder(common.Options(out=chosen.out), f"bench-{chosen.bench}")
+        folder = common.run_folder(common.Options(out=chosen.out, resume=chosen.resume), f"bench-{chosen.bench}")
+        more = {}
+        if chosen.resume is not None:
+            if chosen.bench != "scale" or not (folder / "results.json").is_file():
+                raise ValueError(f"resume is {chosen.resume!r}; allowed: with scale, a folder with results.json")
+            more = {"done": json.loads((folder / "results.json").read_text())}
     title = f"{chosen.bench}, {jax.default_backend()}, {devices} device(s), jax {jax.__version__}"
     rows, shown = [], []
     with Live(common.make_table([], title), console=common.console, refresh_per_second=1) as live:
-        for result in BENCHES[chosen.bench](devices, chosen.quick):
+        for result in BENCHES[chosen.bench](devices, chosen.quick, **more):
             rows.append(result)
             columns = bench_svd.COLUMNS if chosen.bench == "svd" else result
             cells = {k: "" if result[k] is None else result[k] for k in columns}

@@ -19,7 +19,8 @@ MB host, device, disk  the most that a process of its own held in as many rounds
                        compiled already; of the device where it tells (a CPU's memory is the host's); and the size of the
                        file, which is in the folder that the program runs in, and which the system buffers
 
-scale.png shows the speed against population and cohort.
+scale.png shows the speed against population and cohort. It all takes half an hour on two cores; `--resume FOLDER` goes on after
+the groups that were finished.
 """
 
 if __name__ == "__main__":
@@ -38,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -229,14 +230,18 @@ def groups(devices: int, quick: bool) -> dict[str, list[Case]]:
     return {varied: cases for varied, cases in compared.items() if not quick or varied not in ("devices", "group")}
 
 
-def bench_scale(devices: int, quick: bool) -> Iterator[dict]:
-    """A row per case, group by group; with `quick`, one process tells of memory."""
+def bench_scale(devices: int, quick: bool, done: Sequence[dict] = ()) -> Iterator[dict]:
+    """A row per case, group by group; with `quick`, one process tells of memory. A group whose rows are all in `done` is not
+    measured again."""
     turns, clients = (1, 96) if quick else (3, 1024)  # trained in a turn, about
     before = jax.config.values["jax_compilation_cache_dir"]
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)
         try:
             for varied, cases in groups(devices, quick).items():
+                if len(earlier := [row for row in done if row["varied"] == varied]) == len(cases):
+                    yield from earlier
+                    continue
                 with tempfile.TemporaryDirectory(dir=".", prefix="bench-scale-") as folder:
                     runs = [Run(case, f"{folder}/{i}") for i, case in enumerate(cases)]
                     times = take_turns(runs, turns, clients)
