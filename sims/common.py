@@ -51,8 +51,8 @@ class Options:
     # the folder of an earlier sims.run, which goes on from its checkpoint, or sims.compare, of which what is finished is not
     # run again; without CONFIG with the config of the folder, and sims.run with the options it had
     resume: str | None = None
-    save_rounds: int | None = None  # sims.run: a checkpoint after every so many rounds
-    save_minutes: float | None = 5.0  # and after so many minutes; none at all, the last neither, where both are None
+    save_rounds: int | None = None  # sims.run: the state goes into the journal after every so many rounds
+    save_minutes: float | None = 5.0  # and a checkpoint is written after so many minutes; where both are None, nothing, ever
     keep: int = 1  # checkpoints that stay, the newest
     seeds_at_once: bool = False  # sims.compare: a method's seeds in one program, if their states fit the memory twice
     # where clients' states live: on the "device" all of them; in "host" memory, or on "disk" in the results' folder while it
