@@ -121,7 +121,7 @@ class Checkpoints:
             if (before := history.rounds.ids.shape[1]) != cohort:
                 raise ValueError(f"cohort is {cohort}; allowed: {before}, as in {self.folder}")
         except BaseException:
-            self.close()
+            self.__exit__(None, None, None)
             raise
         self._evaluated = len(history.evaluations)
         return state, history
@@ -145,31 +145,37 @@ class Checkpoints:
     def save(self, state: State, evaluations: Sequence[dict], last: int) -> None:
         """Saves what is there, as `due` said; raises `Stopped`, if it was to stop. The state may be consumed afterwards."""
         round, start = int(state.server.round), time.monotonic()
-        try:
-            for evaluation in evaluations[self._evaluated :]:
-                self._files.write_evaluation(evaluation)
-            self._evaluated = len(evaluations)
-            about = {"rounds": self._files.fields(), "evaluations": [e["round"] for e in evaluations]}
-            meta = _about(state, self._store, self._key) | about
-            if not self._whole:
-                return self._note_down(state, meta)
+        for evaluation in evaluations[self._evaluated :]:
+            self._files.write_evaluation(evaluation)
+        self._evaluated = len(evaluations)
+        about = {"rounds": self._files.fields(), "evaluations": [e["round"] for e in evaluations]}
+        meta = _about(state, self._store, self._key) | about
+        if not self._whole:
+            return self._note_down(state, meta)
+        self._settle()
+        self._files.sync()
+        _save(self._manager, self.folder, state, self._store, meta)
+        self._saving = round
+        if self._stop or round == last:
             self._settle()
-            self._files.sync()
-            _save(self._manager, self.folder, state, self._store, meta)
-            self._saving = round
-            if self._stop or round == last:
-                self._settle()
-        except OSError as error:
-            raise _kept(error, self.folder, self.latest()) from error
         self._begun, self._took = time.monotonic(), time.monotonic() - start
         if self._stop and round < last:
             raise Stopped(round)
 
-    def close(self) -> None:
-        """Lets go of what it holds open."""
-        self._files.close()
-        self._journal.close()
-        self._manager.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Lets go of what it holds open; an error of the disk says what is left."""
+        try:
+            self._files.close()
+            self._journal.close()
+            self._manager.close()
+        finally:
+            if isinstance(error, OSError):
+                round = self.latest()
+                there = "nothing" if round is None else f"round {round}, which is whole"
+                raise OSError(f"{error}; saved in {self.folder} is {there}") from error
 
     def _settle(self) -> None:
         """The last checkpoint is there, and those before it are forgotten."""
@@ -329,12 +335,6 @@ def _manager(folder: pathlib.Path, keep: int = 1, *, wait: bool = True) -> ocp.C
         max_to_keep=keep, enable_async_checkpointing=not wait, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(folder.absolute() / "server", options=options, item_names=("state", "meta"))
-
-
-def _kept(error: OSError, folder: pathlib.Path, round: int | None) -> OSError:
-    """What went wrong with a disk, and what is left."""
-    there = "no checkpoint" if round is None else f"the checkpoint of round {round}, which is whole"
-    return OSError(f"{error}; {folder} has {there}")
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

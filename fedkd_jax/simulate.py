@@ -117,7 +117,7 @@ def simulate(
         found = checkpoints.open(algorithm, clients, key, store, rounds=rounds, cohort=cohort or clients)
         if found is not None:
             (population, earlier), store = found, None
-    with contextlib.nullcontext() if checkpoints is None else contextlib.closing(checkpoints):
+    with contextlib.nullcontext() if checkpoints is None else checkpoints:
         store, state = _begin(algorithm, population, data, store, init_key)
         if group is not None and (group < 1 or store is None):
             raise ValueError(

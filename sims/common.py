@@ -52,7 +52,9 @@ class Options:
     # run again; without CONFIG with the config of the folder, and sims.run with the options it had
     resume: str | None = None
     save_rounds: int | None = None  # sims.run: the state goes into the journal after every so many rounds
-    save_minutes: float | None = 5.0  # and a checkpoint is written after so many minutes; where both are None, nothing, ever
+    save_minutes: float | None = (
+        5.0  # and a checkpoint is written after so many minutes; where both are None, nothing, ever
+    )
     keep: int = 1  # checkpoints that stay, the newest
     seeds_at_once: bool = False  # sims.compare: a method's seeds in one program, if their states fit the memory twice
     # where clients' states live: on the "device" all of them; in "host" memory, or on "disk" in the results' folder while it
@@ -470,16 +472,13 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def one_line_errors(*errors: type[Exception]):
-    """Within it, an error in the user's input, or such as are given, ends the program with one line on standard error instead
-    of a traceback.
+def one_line_errors():
+    """Within it, an error in the user's input ends the program with one line on standard error instead of a traceback.
 
     >>> with one_line_errors(): pass
     """
     try:
         yield
-    except Exception as error:
-        if not isinstance(error, errors or (ValueError, OSError, ModuleNotFoundError)):
-            raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         console.file.flush()
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -20,6 +20,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -58,11 +59,13 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             folder = common.run_folder(options, f"{config.name}-{name}".replace(" ", "-"))
         else:
             folder = pathlib.Path(options.resume or options.out or "")
+        saves = options.save_rounds is not None or options.save_minutes is not None
+        cadence = dict(rounds=options.save_rounds, minutes=options.save_minutes, keep=options.keep)
+        checkpoints = Checkpoints(folder / "checkpoint", **cadence) if saves else None
+        done = 0 if checkpoints is None else checkpoints.latest() or 0
+        if done > config.rounds:
+            raise ValueError(f"rounds is {config.rounds}; allowed: at least {done}, as are done in {folder}")
     multihost_utils.sync_global_devices("the folder is there")
-    saves = options.save_rounds is not None or options.save_minutes is not None
-    cadence = dict(rounds=options.save_rounds, minutes=options.save_minutes, keep=options.keep)
-    checkpoints = Checkpoints(folder / "checkpoint", **cadence) if saves else None
-    done = 0 if checkpoints is None else checkpoints.latest() or 0
     if first:
         devices = layout.devices // jax.process_count()
         resolved: dict[str, Any] = dict(method=name, store=where, devices=devices)
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
     versions = hardware.versions()
     stored = placement.open_store(where, folder if checkpoints is None else checkpoints.folder, stays=saves)
-    events = SummaryWriter(str(folder), purge_step=done + 1) if first else contextlib.nullcontext()
+    events = _events(folder, done + 1) if first else contextlib.nullcontext()
     stopping = contextlib.nullcontext([]) if checkpoints is None else common.stop_on_signals(checkpoints)
     before = common.rewind_jsonl(folder / "metrics.jsonl", done) if first else 0.0
     with contextlib.ExitStack() as stack:
@@ -107,16 +110,16 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         seeds = config.seeds[:1]
         group = None if store is None else placement.choose_group(options, algorithm, config.cohort or clients.size)
         more: dict[str, Any] = dict(store=store, group=group, checkpoints=checkpoints)
+        again = f"it goes on with\npython -m sims.run --resume {shlex.quote(str(folder))}"
         try:
-            with common.one_line_errors(OSError):
-                (records,) = common.run_method(config, algorithm, clients, seeds, name, progress, on_record, **more)
+            (records,) = common.run_method(config, algorithm, clients, seeds, name, progress, on_record, **more)
         except Stopped as stopped:
             progress.stop()
-            common.console.print(
-                f"stopped after round {stopped.round} of {config.rounds}, which is saved; it goes on with\n"
-                f"python -m sims.run --resume {shlex.quote(str(folder))}"
-            )
+            common.console.print(f"stopped after round {stopped.round} of {config.rounds}, which is saved; {again}")
             sys.exit(128 + signals[0] if signals else 1)
+        except OSError as error:
+            progress.stop()
+            sys.exit(f"error: {error}" + (f"; {again}" if saves else ""))
         if store is not None:
             held = f"states of {len(store):,} clients, {report.human_bytes(store.nbytes)} ({where})"
             common.console.print(f"{held}; rounds waited {store.waited:.1f} s for them")
@@ -133,6 +136,17 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     plots.accuracy_plot({name: [records]}, folder / f"{main}.png", metric=main, split=held_out, title=config.name)
     common.console.print(f"config, metrics, events, plots, table{' and checkpoint' if saves else ''}: {folder}")
     return folder
+
+
+@contextlib.contextmanager
+def _events(folder: pathlib.Path, first: int) -> Iterator[SummaryWriter]:
+    """For TensorBoard, from round `first` on."""
+    writer = SummaryWriter(str(folder), purge_step=first)
+    try:
+        yield writer
+    finally:
+        with contextlib.suppress(OSError):  # a full disk is told by who needs it
+            writer.close()
 
 
 if __name__ == "__main__":
