@@ -1,6 +1,7 @@
 """fedkd_jax: a vectorised simulator of FedKD. Public names, in reading order."""
 
 from fedkd_jax.types import (
+    Aggregator,
     Algorithm,
     Batch,
     ClientSource,
@@ -53,7 +54,9 @@ from fedkd_jax.codecs import (
     top_k,
 )
 from fedkd_jax.local import local_steps
-from fedkd_jax.aggregate import example_weight, uniform_weight
+from fedkd_jax.aggregate import clip_update, coordinate_median, example_weight, trimmed_mean, uniform_weight
+from fedkd_jax.attacks import attacked, hostile_share, label_flip, scaled, sign_flip
+from fedkd_jax.privacy import fixed_mean, privacy_spent, private_mean, private_send
 from fedkd_jax.cohort import client_key, put, sample_cohort, take
 from fedkd_jax.participation import Participation, available_by, available_with, unreliable
 from fedkd_jax.parallel import Layout, client_mesh, map_clients

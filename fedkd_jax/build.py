@@ -17,7 +17,7 @@ import tokenizers
 
 from fedkd_jax import data as fd
 from fedkd_jax import tasks
-from fedkd_jax.aggregate import example_weight, uniform_weight
+from fedkd_jax.aggregate import clip_update, coordinate_median, example_weight, trimmed_mean, uniform_weight
 from fedkd_jax.algorithms import (
     centralised,
     fedavg,
@@ -31,6 +31,7 @@ from fedkd_jax.algorithms import (
     local_only,
     scaffold,
 )
+from fedkd_jax.attacks import HostileFn, attacked, hostile_share, label_flip, scaled, sign_flip
 from fedkd_jax.codecs import chain, error_feedback, identity_codec, power_codec, quantise, svd_codec, top_k
 from fedkd_jax.config import ConfigError, DataConfig, Experiment, MethodConfig, ModelConfig, OptimizerConfig
 from fedkd_jax.local import count_steps
@@ -53,9 +54,10 @@ from fedkd_jax.models import (
 )
 from fedkd_jax.parallel import Layout
 from fedkd_jax.participation import Participation, available_by, available_with, unreliable
+from fedkd_jax.privacy import fixed_mean, privacy_spent, private_mean, private_send
 from fedkd_jax.svd import energy_threshold
 from fedkd_jax.tasks import Clients
-from fedkd_jax.types import Algorithm, Codec, Model
+from fedkd_jax.types import Aggregator, Algorithm, Codec, Model, SendFn
 
 SKETCH_ROWS = 5
 SYNTHETIC_EVALUATED = 1000  # clients
@@ -83,12 +85,42 @@ def build_data(config: Experiment) -> Clients:
     clients = build(config)
     if config.cohort is not None and config.cohort > clients.size:
         raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {clients.size}")
-    if c.eval_clients is None or clients.eval_ids is not None or c.eval_clients >= clients.size:
+    ids = np.arange(clients.size) if clients.eval_ids is None else clients.eval_ids
+    some = tasks.subset(len(ids), None if c.synthetic else c.eval_clients, c.seed)
+    if config.hostile:
+        some = some[~np.asarray(jax.vmap(build_hostile(config, clients.size))(ids[some]))]
+    if len(some) == len(ids):
         return clients
-    ids = tasks.subset(clients.size, c.eval_clients, c.seed)
-    if not clients.test.count[ids].any():
+    if not clients.test.count[some].any():
         raise ConfigError("data.eval_clients", c.eval_clients, "more: none of those drawn has a test example")
-    return dataclasses.replace(clients, test=fd.from_arrays(clients.test).take(ids), eval_ids=ids)
+    return dataclasses.replace(clients, test=fd.from_arrays(clients.test).take(some), eval_ids=ids[some])
+
+
+def build_hostile(config: Experiment, clients: int) -> HostileFn:
+    """Which of so many clients are hostile.
+
+    >>> hostile = build_hostile(Experiment(hostile=0.2), 20)
+    >>> sum(bool(hostile(i)) for i in range(20))
+    4
+    """
+    return hostile_share(config.hostile, clients, seed=config.data.seed)
+
+
+def poison(config: Experiment, method: MethodConfig, clients: Clients) -> Clients:
+    """The clients as a method finds them: with the labels that hostile ones give their examples.
+
+    >>> config = Experiment(hostile=0.5, methods={"it": MethodConfig(attack="label_flip")}, data=DataConfig(clients=2))
+    >>> clients = build_data(config)
+    >>> flipped = poison(config, config.methods["it"], clients).train.labels != clients.train.labels
+    >>> bool(flipped.any()), bool(flipped.all())
+    (True, False)
+    """
+    if method.attack != "label_flip":
+        return clients
+    where = "train" if clients.source is None else "source"
+    hostile, classes = build_hostile(config, clients.size), len(clients.classes)
+    flipped: dict[str, Any] = {where: label_flip(getattr(clients, where), hostile, classes)}
+    return dataclasses.replace(clients, **flipped)
 
 
 def _synthetic(config: Experiment) -> Clients:
@@ -406,6 +438,57 @@ def build_codecs(method: MethodConfig, rounds: int) -> dict[str, Codec | None]:
     return {way: codec if method.directions in ("both", way) else None for way in ("uplink", "downlink")}
 
 
+def build_trust(config: Experiment, method: MethodConfig, clients: int) -> dict[str, Any]:
+    """What becomes of updates on their way, `send_fn` and `aggregator` of a round, None where they are sent and averaged.
+
+    >>> trust = build_trust(Experiment(hostile=0.2), MethodConfig(aggregation="median", attack="sign_flip"), 20)
+    >>> trust["aggregator"].combine.__name__, trust["send_fn"] is None
+    ('coordinate_median', False)
+    """
+    private = method.noise_at if method.noise else None
+    bound = None if method.clip is None else clip_update(method.clip)
+    combine = {"mean": None, "median": coordinate_median, "trimmed_mean": trimmed_mean(method.trim)}[method.aggregation]
+    if private is None:
+        aggregator = Aggregator(bound=bound, combine=combine)
+    else:
+        aggregator = fixed_mean() if private == "client" else private_mean(method.clip or 0, method.noise)
+    sends: list[SendFn] = []
+    if private == "client":
+        sends.append(private_send(method.clip or 0, method.noise, config.cohort or clients))
+    if method.attack in ("sign_flip", "scale"):
+        attack = (sign_flip if method.attack == "sign_flip" else scaled)(method.attack_scale)
+        sends.append(attacked(attack, build_hostile(config, clients)))
+
+    def send_fn(message, client_id, key):
+        for send in sends:
+            message = send(message, client_id, key)
+        return message
+
+    return {"send_fn": send_fn if sends else None, "aggregator": aggregator if any(aggregator) else None}
+
+
+def build_epsilon(
+    config: Experiment, method: MethodConfig, algorithm: Algorithm, clients: int
+) -> Callable[[int, int], float] | None:
+    """`(rounds done, the most of them that a client took part in) -> epsilon`, None without noise.
+
+    >>> method = MethodConfig(algorithm="fedavg", clip=1.0, noise=2.0, weighting="uniform")
+    >>> config = Experiment(methods={"it": method}, data=DataConfig(clients=3))
+    >>> algorithm = build_algorithm(config, method, build_data(config))
+    >>> round(build_epsilon(config, method, algorithm, 3)(1, 1), 2)
+    4.38
+    """
+    if not method.noise:
+        return None
+    cohort = config.cohort or clients
+    spent = functools.partial(privacy_spent, method.noise, delta=method.delta)
+    spent(cohort=cohort, population=cohort, rounds=1)  # without the accountant nothing begins
+    keeps = jax.tree.leaves(jax.eval_shape(algorithm.init_clients, jax.random.key(0), np.arange(1)))
+    if keeps:  # no cohort is then a sample of its own, see `privacy_spent`
+        return lambda rounds, turns: spent(cohort=cohort, population=cohort, rounds=turns)
+    return lambda rounds, turns: spent(cohort=cohort, population=clients, rounds=rounds)
+
+
 def build_participation(config: Experiment) -> Participation:
     """Who takes part, and how.
 
@@ -468,6 +551,7 @@ def build_algorithm(
     weights: dict[str, Any] = {"weight_fn": {"examples": example_weight, "uniform": uniform_weight}[method.weighting]}
     if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
         layout = Layout(chunk=layout.chunk)
+    trust = build_trust(config, method, clients.size)
     rest: dict[str, Any] = dict(teacher_dtype=method.teacher_dtype, moments_dtype=method.moments_dtype)
     local: dict[str, Any] = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
     if method.algorithm in ("fedkd", "fml"):
@@ -480,6 +564,7 @@ def build_algorithm(
             **codecs,
             **server,
             **weights,
+            **trust,
             **rest,
             **local,
         )
@@ -506,8 +591,10 @@ def build_algorithm(
         return centralised(model, optimizer=build_optimizer(settings, in_run), **local)
     if method.algorithm == "scaffold":
         share = 1.0 if config.cohort is None else config.cohort / clients.size
-        return scaffold(model, learning_rate=settings.learning_rate, participation=share, **codecs, **server, **local)
-    shared = local | server | weights
+        return scaffold(
+            model, learning_rate=settings.learning_rate, participation=share, **codecs, **server, **trust, **local
+        )
+    shared = local | server | weights | trust
     shared["optimizer"] = build_optimizer(settings, shared_steps)
     if method.algorithm == "fedprox":
         return fedprox(model, mu=method.mu, **codecs, **shared)

@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 import yaml
@@ -177,6 +178,18 @@ class MethodConfig:
     beta: float = 0.5  # and in a student's
     reset_optimizer: bool = True  # of what is shared, each round
     weighting: Literal["examples", "uniform"] = "examples"
+    # what the server makes of a cohort's updates: their mean, or of each number the median or the mean without so large a share
+    # of the smallest and of the largest; these two do not weigh
+    aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
+    trim: float = 0.2  # of "trimmed_mean"
+    clip: float | None = None  # longer updates are scaled down to this norm: against hostile clients, and for `noise`
+    # differential privacy of clients: deviation of the Gaussian noise on the sum of updates, over `clip`
+    noise: float = 0.0
+    noise_at: Literal["server", "client"] = "server"
+    delta: float = 1e-5  # for which tables have epsilon
+    # what hostile clients do: send their update times -attack_scale, or times attack_scale, or train on class C - 1 - y for y
+    attack: Literal["sign_flip", "scale", "label_flip"] | None = None
+    attack_scale: float = 10.0
     optimizer: OptimizerConfig | None = None  # instead of the one that belongs to `model`; not for fedkd and fml
     server_optimizer: OptimizerConfig | None = None  # by default the mean update is added as it is
 
@@ -217,6 +230,9 @@ class Experiment:
     batch: int = 16
     epochs: int = 1  # local epochs a round
     steps: int | None = None  # or this many local steps
+    # so large a share of the clients is hostile, drawn with data.seed, and does what a method's `attack` says; the others' data
+    # are what all methods are evaluated on
+    hostile: float = 0.0
     seeds: tuple[int, ...] = (0,)  # sims.run takes the first
     data: DataConfig = DataConfig()
     participation: ParticipationConfig = ParticipationConfig()
@@ -335,6 +351,8 @@ _METHOD_READERS = {
     "reset_optimizer": ("fedkd", "fml", "fedavg", "fedpaq", "fetchsgd"),
     "server_optimizer": _SHARED,
     "weighting": tuple(name for name in _SHARED if name != "scaffold"),
+    **dict.fromkeys(("aggregation", "trim", "clip", "attack", "attack_scale"), _SHARED),
+    **dict.fromkeys(("noise", "noise_at", "delta"), tuple(name for name in _SHARED if name != "feddropout")),
 }
 # the keys of one codec, and the algorithms that read them beside it
 _CODEC_READERS = {
@@ -362,6 +380,7 @@ def validate(config: Experiment) -> None:
     for key in ("rounds", "eval_every", "batch", "epochs"):
         _check(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
     _check(config.steps is None or config.steps >= 1, "steps", config.steps, "at least 1, or null for epochs")
+    _check(0 <= config.hostile < 1, "hostile", config.hostile, "a share of the clients in [0, 1)")
     _check(len(config.seeds) > 0, "seeds", config.seeds, "one seed or more")
     _check(len(set(config.seeds)) == len(config.seeds), "seeds", config.seeds, "different seeds")
     _check(min(config.seeds, default=0) >= 0, "seeds", config.seeds, "seeds from 0 up")
@@ -536,12 +555,44 @@ def _validate_methods(config: Experiment) -> None:
         check(own != "fedpaq" or method.directions != "downlink", "directions", "'both' or 'uplink' for fedpaq")
         one_step = method.message == "update" or config.steps == 1
         check(one_step, "message", "'update'; 'gradient' needs steps: 1")
+        _validate_trust(config, method, check)
         if own == "scaffold":
             plain_sgd = method.optimizer or getattr(config, f"{method.model}_optimizer")
             fits = plain_sgd == OptimizerConfig(name="sgd", learning_rate=plain_sgd.learning_rate)
             _check(fits, f"{key}.optimizer", plain_sgd, "sgd with a learning_rate and nothing else for scaffold")
     known = config.baseline is None or config.baseline in config.methods
     _check(known, "baseline", config.baseline, f"null or one of {', '.join(config.methods)}")
+
+
+def _validate_trust(config: Experiment, method: MethodConfig, check: Callable[[bool, str, str], None]) -> None:
+    """What one method says of hostile clients and of privacy."""
+    plain, private, there = MethodConfig(), method.noise > 0, config.participation
+    for field, read, reader in (
+        ("trim", method.aggregation == "trimmed_mean", "aggregation is 'trimmed_mean'"),
+        ("noise_at", private, "there is noise"),
+        ("delta", private, "there is noise"),
+        ("attack_scale", method.attack in ("sign_flip", "scale"), "attack is 'sign_flip' or 'scale'"),
+    ):
+        check(read or getattr(method, field) == getattr(plain, field), field, f"left out unless {reader}")
+    check(0 <= method.trim < 0.5, "trim", "a share in [0, 0.5)")
+    check(method.clip is None or 0 < method.clip < float("inf"), "clip", "a number above 0, or null")
+    check(0 <= method.noise < float("inf"), "noise", "0 or more")
+    check(0 < method.delta < 1, "delta", "a probability between 0 and 1, both excluded")
+    check(0 < method.attack_scale < float("inf"), "attack_scale", "a number above 0")
+    check(method.attack is None or config.hostile > 0, "attack", "null without hostile clients, see hostile")
+    flips = method.attack != "label_flip" or config.data.task == "classification"
+    check(flips, "attack", "'sign_flip' or 'scale' but for classification")
+    check(not private or method.clip is not None, "clip", "a number above 0 with noise")
+    check(not private or method.aggregation == "mean", "aggregation", "'mean' with noise")
+    fits = not private or method.weighting == "uniform" or method.algorithm == "scaffold"
+    check(fits, "weighting", "'uniform' with noise")
+    sampled = there.available == 1 and there.trace is None
+    check(not private or sampled, "noise", "0 with participation.available or trace, as cohorts are no uniform samples")
+    at_client = private and method.noise_at == "client"
+    raw = method.directions == "downlink" or (method.codec == "identity" and method.bits is None)
+    check(not at_client or raw, "noise_at", "'server' with a codec or bits on the way up, as such messages have no sum")
+    complete = there.dropout == 0 and there.first is None
+    check(not at_client or complete, "noise_at", "'server' with participation.dropout or first, as noise gets lost")
 
 
 def to_yaml(config: Experiment) -> str:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,14 @@ from fedkd_jax.types import History, Number
 Record = dict[str, Any]
 
 
-def records(history: History, counts: np.ndarray, clients: int, *, of_clients: Sequence[str] = ()) -> list[Record]:
+def records(
+    history: History,
+    counts: np.ndarray,
+    clients: int,
+    *,
+    of_clients: Sequence[str] = (),
+    epsilon: Callable[[int, int], float] | None = None,
+) -> list[Record]:
     """One flat record per evaluation: round, traffic so far, and each model's metrics over all test examples
     (`model/metric`) and averaged over clients (`model/metric_per_client`).
 
@@ -29,6 +36,7 @@ def records(history: History, counts: np.ndarray, clients: int, *, of_clients: S
         clients: the population's size.
         of_clients: metrics of which every client's own value is kept too: `model/metric_of_client`, a list, None for a
             client without a value. For few clients: it grows with their number.
+        epsilon: `(rounds done, the most of them that one client took part in) -> epsilon`, of a method with noise.
 
     >>> import jax
     >>> from fedkd_jax import RoundInfo, task_terms
@@ -55,6 +63,9 @@ def records(history: History, counts: np.ndarray, clients: int, *, of_clients: S
             "floats_per_client": float(traffic["uplink_floats"][row] + traffic["downlink_floats"][row]),
             "not_finite": int((~np.asarray(rounds.finite[: row + 1])).sum()),
         }
+        if epsilon is not None:
+            _, turns = np.unique(rounds.ids[: row + 1], return_counts=True)
+            record["epsilon"] = epsilon(evaluation["round"], done + int(turns.max()))
         there = np.ones(rounds.ids.shape[1], bool)
         if turn is not None:
             there = turn.present[row]
@@ -90,7 +101,8 @@ def table_rows(
         Rows of strings: method, model, metrics over all examples and the last of them per client, in percent, mean and
         standard deviation over seeds, traffic per client in bytes, up, down and both, and in the paper's float count, and how
         many times less than the baseline each of the two is. For what is not quantised "less floats" is the paper's. Where
-        clients may fail, the share of those asked whose message did not count, and the seconds that the server waited.
+        clients may fail, the share of those asked whose message did not count, and the seconds that the server waited. Where a
+        method has differential privacy, epsilon, the largest of the seeds', "-" of the others.
 
     Raises:
         ValueError: a method without a model that has them.
@@ -107,6 +119,7 @@ def table_rows(
         for unit in ("bytes", "floats")
     )
     rows = []
+    private = any("epsilon" in seeds[0][-1] for seeds in runs.values())
     for method, seeds in runs.items():
         last = [run[-1] for run in seeds]
         for model in models_with(last[0], *metrics):
@@ -125,6 +138,8 @@ def table_rows(
             if "asked" in last[0]:
                 row["lost %"] = _mean_std([100 * (1 - r["counted"] / max(r["asked"], 1)) for r in last])
                 row["simulated s"] = _mean_std([r["simulated_seconds"] for r in last])
+            if private:
+                row["epsilon"] = f"{max(r['epsilon'] for r in last):.3g}" if "epsilon" in last[0] else "-"
             rows.append(row)
     return rows
 

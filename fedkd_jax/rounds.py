@@ -17,6 +17,7 @@ from fedkd_jax.cohort import client_key
 from fedkd_jax.data import client_parts, join_parts
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.types import (
+    Aggregator,
     Array,
     ClientState,
     Codec,
@@ -27,12 +28,15 @@ from fedkd_jax.types import (
     LossTerms,
     PyTree,
     RoundInfo,
+    SendFn,
     ServerState,
     Turn,
     record,
 )
 
 LocalFn = Callable[[ServerState, ClientState, FederatedData, Key], LocalResult]
+SEND_STREAM = 2**31 - 3  # folded into a client's key of the round for its `send_fn`; participation has the two after it
+NOISE_ID = 2**31 - 3  # of no client, nor the server's: for the key of the aggregator's noise
 
 
 @record
@@ -40,7 +44,7 @@ class Report:
     """What the server learns of a client beside its message.
 
     >>> [field.name for field in dataclasses.fields(Report)]
-    ['terms', 'nbytes', 'floats', 'ranks', 'finite', 'weight']
+    ['terms', 'nbytes', 'floats', 'ranks', 'finite', 'weight', 'update']
     """
 
     terms: LossTerms
@@ -49,6 +53,7 @@ class Report:
     ranks: dict[str, Leaf]
     finite: Leaf  # [] bool
     weight: Leaf  # [], 0 where the message is not counted
+    update: PyTree  # what the message decodes to where the server needs all of a cohort at once, else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,8 @@ def federated_round(
     *,
     uplink: Codec | None = None,
     downlink: Codec | None = None,
+    send_fn: SendFn | None = None,
+    aggregator: Aggregator | None = None,
     weight_fn: Callable[[Array], Array] = example_weight,
     server_optimizer: optax.GradientTransformation | None = None,
     message: str = "update",
@@ -88,8 +95,9 @@ def federated_round(
     """Builds `round(server, clients [K], data [K], ids [K], key, turn [K] | None) -> (server, clients [K], info)`.
 
     1. `local_fn(server, client, data, key) -> LocalResult` for every client, with the key of that client and round.
-    2. The client's message is encoded; its cost is counted.
-    3. The server averages what the messages decode to. A client whose message or new state is not finite has weight zero.
+    2. The client's message, or what `send_fn` makes of it, is encoded; its cost is counted.
+    3. The server averages what the messages decode to, or does with it what `aggregator` says. A client whose message or new
+       state is not finite has weight zero.
     4. The average is encoded again, every client of the cohort is charged for it, and everyone applies what it decodes to.
 
     `key` is the run's key, the same in every round: `server.round` and the ids are folded in here. Clients outside the
@@ -102,6 +110,10 @@ def federated_round(
     Args:
         local_fn: what one client does.
         uplink, downlink: codecs, `identity_codec()` by default.
+        send_fn: `(message, client id, key) -> message` before it is encoded, with a key of the client and round of its own:
+            `attacked`, `private_send`. By default the message is sent as it is.
+        aggregator: see `Aggregator`. With `combine` the K decoded updates are held at once, on the devices, and put together
+            where the cohort was trained in groups; by default, and with the other functions, one sum of them is.
         weight_fn: number of examples -> weight, `[] -> []`.
         server_optimizer: optax; it is fed the averaged gradient, or minus the averaged update. By default the update is
             applied as it is (`optax.sgd(1.0)`).
@@ -109,7 +121,8 @@ def federated_round(
         layout: how clients are mapped over the hardware.
 
     Raises:
-        ValueError: an unknown `message`.
+        ValueError: an unknown `message`; an `aggregator` with noise and `combine`, or with noise where `weight_fn` is not 1 for
+            whoever has examples.
 
     >>> from fedkd_jax.losses import task_terms
     >>> from fedkd_jax.types import ClientState, FederatedData, ServerState
@@ -126,16 +139,25 @@ def federated_round(
         raise ValueError(f"message is {message!r}; allowed: 'update', 'gradient'")
     uplink, downlink = uplink or identity_codec(), downlink or identity_codec()
     server_optimizer = server_optimizer or optax.sgd(1.0)
+    bound, combine, noise = aggregator or Aggregator()
+    _check_noise(combine, noise, weight_fn)
+    # messages are added up as they are where their codec can, and nobody has to look at single updates
+    decode_sum = uplink.decode_sum if bound is None and combine is None else None
 
     def one_client(client: ClientState, own, client_id, turn: Turn | None, server: ServerState, shared, key):
-        local_key, codec_key = jax.random.split(client_key(key, server.round, client_id))
+        own_key = client_key(key, server.round, client_id)
+        local_key, codec_key = jax.random.split(own_key)
         data = join_parts(own, shared)
         result = local_fn(server, client, data, local_key)
-        payload, codec_state = encode(uplink, result.message, server.round, codec_key, client.codec)
+        message = result.message
+        if send_fn is not None:
+            message = send_fn(message, client_id, jax.random.fold_in(own_key, SEND_STREAM))
+        payload, codec_state = encode(uplink, message, server.round, codec_key, client.codec)
         new = dataclasses.replace(result.client, codec=codec_state)
         # what the server adds up: messages, or what they decode to
-        sent = uplink.decode(payload) if uplink.decode_sum is None else payload
-        finite = all_finite((result.message, sent, new))
+        sent = uplink.decode(payload) if decode_sum is None else payload
+        finite = all_finite((message, sent, new))
+        sent = sent if bound is None else bound(sent)
         counted = finite if turn is None else finite & turn.sends & turn.counted
         weight = jnp.where(counted, weight_fn(data.count), 0.0)
         kept = _where(finite if turn is None else finite & turn.present, new, client)
@@ -152,11 +174,19 @@ def federated_round(
             ranks=payload.ranks,
             finite=finite,
             weight=weight,
+            update=() if combine is None else sent,
         )
-        return (kept, report), (sent, weight)
+        return (kept, report), (sent if combine is None else (), weight)
 
     def add_up(sent, weights):
-        return (uplink.decode_sum or weighted_sum)(sent, weights), weights.sum()
+        return (decode_sum or weighted_sum)(sent, weights), weights.sum()
+
+    def put_together(reports: Report, summed: PyTree, key: Key) -> PyTree:
+        if combine is not None:
+            return combine(reports.update, reports.weight)
+        if noise is not None:
+            return weighted_mean((noise(summed[0], key), jnp.float32(reports.weight.shape[0])))
+        return weighted_mean(summed)
 
     def train(
         server: ServerState,
@@ -181,7 +211,8 @@ def federated_round(
     ) -> tuple[ServerState, RoundInfo]:
         # the server's own stream: no client has this id
         server_key = client_key(key, server.round, 2**31 - 2)
-        payload, codec_state = encode(downlink, weighted_mean(summed), server.round, server_key, server.codec)
+        update = put_together(reports, summed, client_key(key, server.round, NOISE_ID))
+        payload, codec_state = encode(downlink, update, server.round, server_key, server.codec)
         sent = downlink.decode(payload)
         gradient = sent if message == "gradient" else optax.tree.scale(-1.0, sent)
         step, opt_state = server_optimizer.update(gradient, server.opt_state, server.params)
@@ -208,6 +239,19 @@ def federated_round(
         return server, info
 
     return Round(train, finish)
+
+
+def _check_noise(combine, noise, weight_fn) -> None:
+    """What a client can change of a sum is bounded only if all weights are."""
+    if noise is None:
+        return
+    if combine is not None:
+        raise ValueError(
+            f"combine is {combine} with noise; allowed: None, as what noise hides is bounded for a sum only"
+        )
+    for count in (1, 1000):
+        if (weight := float(weight_fn(jnp.int32(count)))) != 1:
+            raise ValueError(f"weight_fn({count}) is {weight} with noise; allowed: 1, see uniform_weight")
 
 
 def _where(which, one: PyTree, other: PyTree) -> PyTree:

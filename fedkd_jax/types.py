@@ -22,6 +22,7 @@ Number = float | int | np.floating
 Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
 Schedule = Callable[[Any], Any]  # round -> value, as in optax
 Predict = Callable[["ServerState", "ClientState", PyTree], "Outputs"]
+SendFn = Callable[[PyTree, Leaf, Key], PyTree]  # (message, client id, key) -> what the client sends in its place
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -171,6 +172,25 @@ class Codec(NamedTuple):
     decode_sum: Callable[[Payload, Leaf], PyTree] | None = None
     init: Callable[[PyTree], PyTree] | None = None
     recode: Callable[[Payload, Any, Key], Payload] | None = None
+
+
+class Aggregator(NamedTuple):
+    """How the server makes one update of a cohort's, in the order of the fields; with none of them their weighted mean.
+
+    The functions see what messages decode to: of FetchSGD sketches, of SCAFFOLD model and control variate together.
+
+    >>> from fedkd_jax import clip_update, coordinate_median
+    >>> Aggregator(bound=clip_update(1.0), combine=coordinate_median).noise is None
+    True
+    """
+
+    bound: Callable[[PyTree], PyTree] | None = None  # (update) -> update, of each client by itself
+    # (updates [K], weights [K]) -> update, instead of the mean, which is added up as updates come: all K are held at once.
+    # Updates of weight zero may hold anything
+    combine: Callable[[PyTree, Leaf], PyTree] | None = None
+    # (sum of the updates, key) -> sum; the sum is then divided by K, however many of the cohort are counted, so that no
+    # client's weight depends on another's
+    noise: Callable[[PyTree, Key], PyTree] | None = None
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -294,6 +294,7 @@ def run_method(
     store: Store | None = None,
     group: int | None = None,
     checkpoints: Checkpoints | None = None,
+    epsilon: Callable[[int, int], float] | None = None,
 ) -> list[list[report.Record]]:
     """Runs one method under a progress bar; returns the records of each seed.
 
@@ -306,6 +307,7 @@ def run_method(
         store: where the clients' states are to live, if not on the device.
         group: how many of a cohort's are then on the devices at a time, if not all.
         checkpoints: what is saved, and gone on from.
+        epsilon: of `build_epsilon`.
 
     >>> from fedkd_jax.build import build_algorithm, build_data
     >>> from fedkd_jax.config import DataConfig
@@ -330,7 +332,8 @@ def run_method(
         return {key: value for key, value in record.items() if not key.endswith("_of_client")}
 
     def records(histories: Sequence[History]) -> list[list[report.Record]]:
-        of_seeds = (report.records(history, counts, size, of_clients=of_clients) for history in histories)
+        own: dict[str, Any] = dict(of_clients=of_clients, epsilon=epsilon)
+        of_seeds = (report.records(history, counts, size, **own) for history in histories)
         return [[kept(record) for record in run] for run in of_seeds]
 
     def on_evaluation(histories: Sequence[History]) -> None:

@@ -32,7 +32,7 @@ import pyarrow.parquet
 from matplotlib.figure import Figure
 
 from fedkd_jax import report
-from fedkd_jax.build import build_algorithm, build_data, build_participation, checkpoint_folder
+from fedkd_jax.build import build_algorithm, build_data, build_epsilon, build_participation, checkpoint_folder, poison
 from fedkd_jax.config import Experiment, MethodConfig, to_yaml
 from fedkd_jax.page import render
 from fedkd_jax.parallel import Layout
@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         layout = placement.choose_layout(config, options, clients)
         build_participation(config)  # a file that is none is told now
         algorithms = {n: build_algorithm(config, m, clients, layout) for n, m in config.methods.items()}
+        epsilons = {n: build_epsilon(config, m, algorithms[n], clients.size) for n, m in config.methods.items()}
         stores = placement.choose_stores(config, options, algorithms, clients)
         folder = common.run_folder(options, config.name)
     for name in RESULTS:  # of an earlier config, until this one's cells are finished
@@ -152,8 +153,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                 with placement.open_store("device" if at_once else stores[name], folder) as store:
                     cohort = config.cohort or clients.size
                     group = None if store is None else placement.choose_group(options, algorithm, cohort)
+                    found, epsilon = poison(config, method, clients), epsilons[name]
                     common.run_method(
-                        config, algorithm, clients, seeds, label, progress, on_record, at_once, store, group
+                        config, algorithm, found, seeds, label, progress, on_record, at_once, store, group, epsilon
                     )
                 for seed, partial in partials.items():
                     partial.replace(files[seed])

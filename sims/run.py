@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from fedkd_jax import Checkpoints, Stopped, plots, report
-from fedkd_jax.build import build_algorithm, build_data, build_participation
+from fedkd_jax.build import build_algorithm, build_data, build_epsilon, build_participation, poison
 from fedkd_jax.config import load_config
 from sims import common, hardware, placement
 
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(config, method, clients, layout)
+        epsilon = build_epsilon(config, method, algorithm, clients.size)
         build_participation(config)  # a file that is none is told now
         where = placement.choose_stores(config, options, {name: algorithm}, clients)[name]
         if first:
@@ -109,10 +110,10 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
         seeds = config.seeds[:1]
         group = None if store is None else placement.choose_group(options, algorithm, config.cohort or clients.size)
-        more: dict[str, Any] = dict(store=store, group=group, checkpoints=checkpoints)
-        again = f"it goes on with\npython -m sims.run --resume {shlex.quote(str(folder))}"
+        more: dict[str, Any] = dict(store=store, group=group, checkpoints=checkpoints, epsilon=epsilon)
+        again, found = f"it goes on with\npython -m sims.run --resume {shlex.quote(str(folder))}", poison(config, method, clients)
         try:
-            (records,) = common.run_method(config, algorithm, clients, seeds, name, progress, on_record, **more)
+            (records,) = common.run_method(config, algorithm, found, seeds, name, progress, on_record, **more)
         except Stopped as stopped:
             progress.stop()
             common.console.print(f"stopped after round {stopped.round} of {config.rounds}, which is saved; {again}")

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from fedkd_jax import figures, report, simulate, spectrum_codec
-from fedkd_jax.build import build_algorithm, build_data
+from fedkd_jax.build import build_algorithm, build_data, poison
 from fedkd_jax.codecs import cumulative_energy
 from fedkd_jax.codecs.base import named
 from fedkd_jax.models import layer_compressible, layer_view
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         if method.algorithm not in ALGORITHMS:
             raise ValueError(f"method is {name!r}, {method.algorithm}; allowed: one that is {', '.join(ALGORITHMS)}")
         hardware.make_devices(options.devices)  # some data are made with JAX
-        clients = build_data(config)
+        clients = poison(config, method, build_data(config))
         layout = placement.choose_layout(config, options, clients)
         algorithm = build_algorithm(
             config,

@@ -117,7 +117,7 @@ import flax, jax, optax
 before = dict(os.environ)
 import fedkd_jax
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
-heavy = [m for m in ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn") if m in sys.modules]
+heavy = [m for m in ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "dp_accounting") if m in sys.modules]
 jax.config.update("jax_num_cpu_devices", 3)
 print(len(jax.devices("cpu")), heavy)
 """

@@ -11,8 +11,19 @@ import pytest
 from hypothesis import given
 
 import fedkd_jax.build
-from fedkd_jax import init_state
-from fedkd_jax.build import build_algorithm, build_data, build_models, build_optimizer, build_schedule, local_steps_of
+from fedkd_jax import init_state, privacy_spent
+from fedkd_jax.build import (
+    build_algorithm,
+    build_data,
+    build_epsilon,
+    build_hostile,
+    build_models,
+    build_optimizer,
+    build_schedule,
+    build_trust,
+    local_steps_of,
+    poison,
+)
 from fedkd_jax.config import DataConfig, Experiment, MethodConfig, ModelConfig, OptimizerConfig, validate
 from fedkd_jax.data import federate
 
@@ -108,6 +119,87 @@ def test_a_method_of_a_config_sends_what_its_keys_say(name):
     np.testing.assert_allclose(info.downlink_bytes, down * full, rtol=0.01)
     assert info.finite.all()
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (server.params, state.server.params)), strict=True))
+
+
+# ---- hostile clients and privacy ---------------------------------------------------------------------------------------
+
+HOSTILE = Experiment(hostile=0.4, data=DataConfig(clients=5, partition="iid", examples=200))
+
+
+def fedavg_with(**keys):
+    return MethodConfig(algorithm="fedavg", model="student", **keys)
+
+
+def test_methods_are_evaluated_on_the_honest_clients():
+    bad = np.asarray(jax.vmap(build_hostile(HOSTILE, 5))(np.arange(5)))
+    everybody, honest = (build_data(dataclasses.replace(HOSTILE, hostile=share)) for share in (0.0, 0.4))
+    assert bad.sum() == 2
+    assert everybody.eval_ids is None
+    assert honest.eval_ids.tolist() == np.flatnonzero(~bad).tolist()
+    assert honest.test.count.tolist() == everybody.test.count[~bad].tolist()
+    some = dataclasses.replace(HOSTILE, data=dataclasses.replace(HOSTILE.data, eval_clients=3))
+    assert not bad[build_data(some).eval_ids].any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"), [({"attack": "sign_flip", "attack_scale": 3.0}, -3.0), ({"attack": "scale"}, 10.0), ({}, None)]
+)
+def test_hostile_clients_of_a_config_send_what_its_keys_say(keys, factor):
+    send = build_trust(HOSTILE, fedavg_with(**keys), 5)["send_fn"]
+    if factor is None:
+        assert send is None
+        return
+    for i in range(5):
+        expected = factor if build_hostile(HOSTILE, 5)(i) else 1.0
+        assert float(send(np.float32(1.0), i, jax.random.key(0))) == expected
+
+
+def test_labels_are_flipped_for_the_method_that_says_so():
+    clients = build_data(HOSTILE)
+    assert poison(HOSTILE, fedavg_with(attack="sign_flip"), clients) is clients
+    flipped = poison(HOSTILE, fedavg_with(attack="label_flip"), clients)
+    changed = 9 - clients.train.labels == flipped.train.labels
+    bad, counts = np.asarray(jax.vmap(build_hostile(HOSTILE, 5))(np.arange(5))), clients.train.count
+    assert changed.sum() == counts[bad].sum()  # 9 - y is never y
+
+
+@pytest.mark.parametrize(
+    ("keys", "functions"),
+    [
+        ({}, ""),
+        ({"aggregation": "median"}, "combine"),
+        ({"aggregation": "trimmed_mean", "trim": 0.1, "clip": 2.0}, "bound combine"),
+        ({"clip": 2.0}, "bound"),
+        ({"clip": 2.0, "noise": 1.0, "weighting": "uniform"}, "bound noise"),
+        ({"clip": 2.0, "noise": 1.0, "weighting": "uniform", "noise_at": "client"}, "noise"),
+    ],
+)
+def test_aggregators_of_a_config_have_the_functions_that_its_keys_ask_for(keys, functions):
+    method = fedavg_with(**keys)
+    config = dataclasses.replace(HOSTILE, methods={"it": method}, student_optimizer=SGD)
+    validate(config)
+    trust = build_trust(config, method, 5)
+    given = () if trust["aggregator"] is None else trust["aggregator"]
+    assert " ".join(n for n, f in zip(("bound", "combine", "noise"), given, strict=False) if f) == functions
+    assert (trust["send_fn"] is None) == ("noise_at" not in keys)
+    clients = build_data(config)
+    algorithm = build_algorithm(config, method, clients)
+    state, ids = init_state(algorithm, 5, jax.random.key(0)), np.arange(5)
+    server, _, info = jax.jit(algorithm.round)(state.server, state.clients, clients.train, ids, jax.random.key(1))
+    assert info.finite.all()
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (server.params, state.server.params)), strict=True))
+
+
+def test_epsilon_counts_samples_only_of_clients_who_keep_nothing():
+    method = fedavg_with(clip=2.0, noise=4.0, weighting="uniform", delta=1e-4)
+    clients = two_clients()
+    for keys, sampled in (({}, True), ({"reset_optimizer": False}, False)):
+        own = dataclasses.replace(method, **keys)
+        config = Experiment(cohort=1, methods={"it": own}, rounds=9)
+        spent = build_epsilon(config, own, build_algorithm(config, own, clients), 2)
+        expected = privacy_spent(4.0, 1, 2, 9, 1e-4) if sampled else privacy_spent(4.0, 1, 1, 6, 1e-4)
+        assert spent(9, 6) == expected
+    assert build_epsilon(config, fedavg_with(), build_algorithm(config, own, clients), 2) is None
 
 
 def test_what_saves_memory_is_a_key_and_a_round_stays_finite():

@@ -292,6 +292,11 @@ def test_records_hold_pooled_values_and_tables_any_metrics_and_clients():
     assert json.loads(json.dumps(first, allow_nan=False))["m/f1_of_client"] == [0.2, 0.4, None]
     assert "m/f1_of_client" not in report.records(history(0.2, 0.4, np.nan), counts, 3)[-1]
 
+    spent = report.records(history(0.2, 0.4, np.nan), counts, 3, epsilon=lambda rounds, turns: rounds + turns / 100)
+    assert spent[-1]["epsilon"] == 2.06  # the one client there is took part six times
+    noised, plain = table_rows({"noised": [spent], "FedAvg": seeds}, None, ("f1",))
+    assert (noised["epsilon"], plain["epsilon"]) == ("2.06", "-")
+
     (row,) = table_rows({"FedAvg": seeds}, None, ("accuracy", "f1"))
     traffic = ["up/client", "down/client", "bytes/client", "floats/client"]
     assert list(row) == ["method", "model", "accuracy %", "f1 %", "per client %", *traffic]

@@ -17,7 +17,19 @@ from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.rounds import federated_round
-from fedkd_jax.types import Algorithm, Array, Batch, ClientState, Codec, Key, LocalResult, Model, ServerState
+from fedkd_jax.types import (
+    Aggregator,
+    Algorithm,
+    Array,
+    Batch,
+    ClientState,
+    Codec,
+    Key,
+    LocalResult,
+    Model,
+    SendFn,
+    ServerState,
+)
 
 
 def task_step(model: Model, optimizer: optax.GradientTransformation, loss_fn, frozen, carry, batch: Batch, key: Key):
@@ -82,6 +94,8 @@ def fedavg(
     reset_optimizer: bool = True,
     weight_fn: Callable[[Array], Array] = example_weight,
     server_optimizer: optax.GradientTransformation | None = None,
+    send_fn: SendFn | None = None,
+    aggregator: Aggregator | None = None,
     layout: Layout | None = None,
 ) -> Algorithm:
     """FedAvg of any model.
@@ -94,7 +108,7 @@ def fedavg(
         uplink, downlink: codecs; raw by default.
         loss_fn: `(logits, labels, mask) -> []`.
         reset_optimizer: whether the clients' optimiser starts anew each round, or stays with the client.
-        weight_fn, server_optimizer, layout: see `federated_round`.
+        weight_fn, server_optimizer, send_fn, aggregator, layout: see `federated_round`.
 
     Returns:
         An `Algorithm` that predicts with "model".
@@ -135,6 +149,8 @@ def fedavg(
             downlink=downlink,
             weight_fn=weight_fn,
             server_optimizer=server_optimizer,
+            send_fn=send_fn,
+            aggregator=aggregator,
             layout=layout,
         ),
         predict={"model": Predictor(model, lambda server, client: merge_params(server.params, server.frozen["model"]))},

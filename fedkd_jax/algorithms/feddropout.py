@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout
 from fedkd_jax.rounds import Report, Round, federated_round
 from fedkd_jax.types import (
+    Aggregator,
     Algorithm,
     Array,
     ClientState,
@@ -37,6 +39,7 @@ from fedkd_jax.types import (
     Params,
     Payload,
     PyTree,
+    SendFn,
     ServerState,
     Turn,
     record,
@@ -129,6 +132,37 @@ def _mean_codec() -> Codec:
     return Codec(encode, lambda payload: payload.content)
 
 
+def _send_kept(send_fn: SendFn) -> SendFn:
+    """Of a `SubUpdate`; what is not kept stays zero."""
+
+    def send(message: SubUpdate, client_id, key) -> SubUpdate:
+        update = send_fn(message.update, client_id, key)
+        return dataclasses.replace(
+            message, update=jax.tree.map(lambda x, on: jnp.where(on, x, 0), update, message.kept)
+        )
+
+    return send
+
+
+def _of_kept(aggregator: Aggregator) -> Aggregator:
+    """Of `SubUpdate`s; of each weight those who have it are counted."""
+    if aggregator.noise is not None:
+        raise ValueError(
+            "aggregator has noise; allowed: one without, as the number of clients behind each weight shows"
+        )
+    given: Any = aggregator
+
+    def bounded(sub: SubUpdate) -> SubUpdate:
+        return dataclasses.replace(sub, update=given.bound(sub.update))
+
+    def combined(subs: SubUpdate, weights) -> SubUpdate:
+        own = jax.tree.map(lambda kept: kept * weights.reshape(-1, *[1] * (kept.ndim - 1)), subs.kept)
+        update = given.combine(subs.update, own)
+        return SubUpdate(update=update, kept=jax.tree.map(jnp.ones_like, update))
+
+    return Aggregator(given.bound and bounded, given.combine and combined)
+
+
 def feddropout(
     model: Model,
     *,
@@ -140,6 +174,8 @@ def feddropout(
     loss_fn: Callable[..., Array] = cross_entropy,
     weight_fn: Callable[[Array], Array] = example_weight,
     server_optimizer: optax.GradientTransformation | None = None,
+    send_fn: SendFn | None = None,
+    aggregator: Aggregator | None = None,
     layout: Layout | None = None,
 ) -> Algorithm:
     """Federated dropout of any model of which `sub_model` knows the units.
@@ -152,12 +188,14 @@ def feddropout(
         epochs, steps: local work a round: passes over the client's examples, or a number of steps.
         loss_fn: `(logits, labels, mask) -> []`.
         weight_fn, server_optimizer, layout: see `federated_round`.
+        send_fn, aggregator: see there; of each weight only those who have it are counted.
 
     Returns:
         An `Algorithm` that predicts with "model", the whole one.
 
     Raises:
-        ValueError: a model in which `sub_model` finds no units.
+        ValueError: a model in which `sub_model` finds no units; an aggregator with noise, which hides updates but not how many
+            clients each weight's mean is of.
 
     >>> from fedkd_jax import mlp
     >>> algorithm = feddropout(mlp((64, 32, 10)), sub_model=keep_units(0.75), optimizer=optax.sgd(0.1), batch=10)
@@ -194,6 +232,8 @@ def feddropout(
         downlink=_mean_codec(),
         weight_fn=weight_fn,
         server_optimizer=server_optimizer,
+        send_fn=None if send_fn is None else _send_kept(send_fn),
+        aggregator=None if aggregator is None else _of_kept(aggregator),
         layout=layout,
     )
 

@@ -31,6 +31,7 @@ from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.rest import check_rest, from_rest, to_rest
 from fedkd_jax.rounds import federated_round
 from fedkd_jax.types import (
+    Aggregator,
     Algorithm,
     Array,
     Batch,
@@ -41,6 +42,7 @@ from fedkd_jax.types import (
     LossTerms,
     Model,
     PyTree,
+    SendFn,
     ServerState,
 )
 
@@ -124,6 +126,8 @@ def fedkd(
     reset_student_optimizer: bool = True,
     weight_fn: Callable[[Array], Array] = example_weight,
     server_optimizer: optax.GradientTransformation | None = None,
+    send_fn: SendFn | None = None,
+    aggregator: Aggregator | None = None,
     layout: Layout | None = None,
 ) -> Algorithm:
     """FedKD: private teachers, one shared student, adaptive mutual distillation, low-rank messages.
@@ -153,7 +157,7 @@ def fedkd(
             or bfloat16 (half the bytes, rounded at random with the client's key, see `rest.py`); local work is in float32.
         reset_student_optimizer: whether the student's optimiser starts anew each round, or stays with the client.
         weight_fn: `example_weight` (FedAvg) or `uniform_weight`, or any `count -> weight`.
-        server_optimizer: optax, see `federated_round`.
+        server_optimizer, send_fn, aggregator: see `federated_round`.
         layout: how clients are mapped over the hardware.
 
     Returns:
@@ -275,6 +279,8 @@ def fedkd(
             downlink=downlink,
             weight_fn=weight_fn,
             server_optimizer=server_optimizer,
+            send_fn=send_fn,
+            aggregator=aggregator,
             message=message,
             layout=layout,
         ),

@@ -22,7 +22,19 @@ from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
 from fedkd_jax.rounds import Round, federated_round
-from fedkd_jax.types import Algorithm, Array, ClientState, Codec, Key, LocalResult, Model, Number, ServerState
+from fedkd_jax.types import (
+    Aggregator,
+    Algorithm,
+    Array,
+    ClientState,
+    Codec,
+    Key,
+    LocalResult,
+    Model,
+    Number,
+    SendFn,
+    ServerState,
+)
 
 
 def scaffold(
@@ -37,6 +49,8 @@ def scaffold(
     downlink: Codec | None = None,
     loss_fn: Callable[..., Array] = cross_entropy,
     server_optimizer: optax.GradientTransformation | None = None,
+    send_fn: SendFn | None = None,
+    aggregator: Aggregator | None = None,
     layout: Layout | None = None,
 ) -> Algorithm:
     """SCAFFOLD of any model; local steps are plain SGD, of which the variates' equation speaks.
@@ -54,7 +68,7 @@ def scaffold(
             from c for good, unless it is wrapped in `error_feedback`.
         loss_fn: `(logits, labels, mask) -> []`.
         server_optimizer: optax, of the model alone.
-        layout: see `federated_round`.
+        send_fn, aggregator, layout: see `federated_round`; they see model and variates together.
 
     Returns:
         An `Algorithm` that predicts with "model". `ServerState.params` is `{"model": w, "control": c}`, a client's c_i is
@@ -123,19 +137,25 @@ def scaffold(
             terms=task_terms(student=loss),
         )
 
+    given: Any = aggregator or Aggregator()
+    # c <- c + |S| / N mean of c_i' - c_i, and S are those who are counted
+    of_counted = lambda update, share: {**update, "control": optax.tree.scale(share, update["control"])}  # noqa: E731
+    combined = lambda updates, weights: of_counted(given.combine(updates, weights), (weights > 0).mean())  # noqa: E731
     base = federated_round(
         local,
         uplink=uplink,
         downlink=downlink,
         weight_fn=lambda count: jnp.ones((), jnp.float32),
         server_optimizer=server_optimizer,
+        send_fn=send_fn,
+        aggregator=given._replace(combine=given.combine and combined),
         layout=layout,
     )
 
     def finish(server: ServerState, reports, summed, ids, key, turn=None):
-        # c <- c + |S| / N mean of c_i' - c_i, and S are those who are counted
         total, counted = summed
-        total = {**total, "control": optax.tree.scale(counted / ids.shape[0], total["control"])}
+        if given.combine is None and given.noise is None:  # with noise it is divided by |S| already
+            total = of_counted(total, counted / ids.shape[0])
         return base.finish(server, reports, (total, counted), ids, key, turn)
 
     return Algorithm(
