@@ -76,6 +76,8 @@ from fedkd_jax.algorithms import (
     mutual_learning,
     scaffold,
 )
+from fedkd_jax.wire import Channel, WireError
+from fedkd_jax.transport import Transport
 from fedkd_jax.population import init_state
 from fedkd_jax.stores import DiskStore, HostStore
 from fedkd_jax.evaluate import evaluate, evaluate_seeds

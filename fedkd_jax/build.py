@@ -57,7 +57,7 @@ from fedkd_jax.participation import Participation, available_by, available_with,
 from fedkd_jax.privacy import fixed_mean, privacy_spent, private_mean, private_send
 from fedkd_jax.svd import energy_threshold
 from fedkd_jax.tasks import Clients
-from fedkd_jax.types import Aggregator, Algorithm, Codec, Model, SendFn
+from fedkd_jax.types import Aggregator, Algorithm, Codec, Model, SendFn, Wire
 
 SKETCH_ROWS = 5
 SYNTHETIC_EVALUATED = 1000  # clients
@@ -524,6 +524,7 @@ def build_algorithm(
     clients: Clients,
     layout: Layout | None = None,
     wrap: Callable[[Codec], Codec] | None = None,
+    wire: Wire | None = None,
 ) -> Algorithm:
     """A method as an `Algorithm` for these clients.
 
@@ -531,6 +532,7 @@ def build_algorithm(
         config, method, clients: what is run.
         layout: how clients are mapped over the hardware.
         wrap: what the uplink's codec is replaced by, of methods that send an update, such as one that looks at messages.
+        wire: what messages go through, see `federated_round`.
 
     >>> config = Experiment(data=DataConfig(clients=3))
     >>> sorted(build_algorithm(config, config.methods["FedKD"], build_data(config)).predict)
@@ -554,6 +556,8 @@ def build_algorithm(
     trust = build_trust(config, method, clients.size)
     rest: dict[str, Any] = dict(teacher_dtype=method.teacher_dtype, moments_dtype=method.moments_dtype)
     local: dict[str, Any] = dict(batch=config.batch, epochs=config.epochs, steps=config.steps, layout=layout)
+    if method.algorithm not in ("local_only", "centralised"):  # these send nothing
+        local["wire"] = wire
     if method.algorithm in ("fedkd", "fml"):
         options: dict[str, Any] = dict(
             teacher_optimizer=build_optimizer(config.teacher_optimizer, in_run),

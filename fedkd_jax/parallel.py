@@ -127,6 +127,7 @@ def map_clients(
     *,
     layout: Layout | None = None,
     sum_fn: Callable[[PyTree], PyTree] = sum_clients,
+    tell: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """Runs `out, summand = fn(*one_client, *shared)` for every client, and adds the summands up.
 
@@ -137,6 +138,7 @@ def map_clients(
         layout: where and in which groups they run.
         sum_fn: adds up the summands `[k]` of a group; the sums of the groups are added leaf by leaf. A summand that is zero
             in every leaf must add nothing.
+        tell: whether `fn` has a last argument, [] bool: False where it runs for a client once more, only to fill a group up.
 
     Returns:
         `out` stacked `[K]` in the order given, and the sum of the summands.
@@ -148,7 +150,7 @@ def map_clients(
     layout = layout or Layout()
     clients = jax.tree.leaves(stacked)[0].shape[0]
     one = jax.eval_shape(lambda s: jax.tree.map(lambda x: jnp.asarray(x)[0], s), stacked)
-    out_shape, summand_shape = jax.eval_shape(fn, *one, *shared)
+    out_shape, summand_shape = jax.eval_shape(fn, *one, *shared, *([jnp.bool_(True)] if tell else []))
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, out_shape, summand_shape)))
     groups, chunk = layout.groups(clients, max(moved, 1))
     size = groups * chunk * layout.devices
@@ -158,7 +160,7 @@ def map_clients(
     valid = jnp.arange(size) < clients
 
     summed_shape = jax.eval_shape(lambda s: sum_fn(jax.tree.map(lambda x: x[None], s)), summand_shape)
-    run = functools.partial(_map_on_device, fn, sum_fn, groups, chunk, summed_shape, size > clients)
+    run = functools.partial(_map_on_device, fn, sum_fn, groups, chunk, summed_shape, size > clients, tell)
     if layout.mesh is not None:
         on_device, split, whole = run, PartitionSpec(AXIS), PartitionSpec()
 
@@ -177,9 +179,11 @@ def map_clients(
     return (out if size == clients else jax.tree.map(lambda x: x[:clients], out)), total
 
 
-def _map_on_device(fn, sum_fn, groups: int, chunk: int, summed_shape, padding: bool, stacked, valid, shared):
+def _map_on_device(
+    fn, sum_fn, groups: int, chunk: int, summed_shape, padding: bool, tell: bool, stacked, valid, shared
+):
     def one(args, valid):
-        out, summand = fn(*args, *shared)
+        out, summand = fn(*args, *shared, *([valid] if tell else []))
         return out, jax.tree.map(lambda x: jnp.where(valid, x, jnp.zeros_like(x)), summand) if padding else summand
 
     def group(total, xs):

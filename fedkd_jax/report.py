@@ -101,8 +101,9 @@ def table_rows(
         Rows of strings: method, model, metrics over all examples and the last of them per client, in percent, mean and
         standard deviation over seeds, traffic per client in bytes, up, down and both, and in the paper's float count, and how
         many times less than the baseline each of the two is. For what is not quantised "less floats" is the paper's. Where
-        clients may fail, the share of those asked whose message did not count, and the seconds that the server waited. Where a
-        method has differential privacy, epsilon, the largest of the seeds', "-" of the others.
+        clients may fail, the share of those asked whose message did not count, and the seconds that the server waited. Where
+        messages went as bytes, "sealed" is what these measured, both ways. Where a method has differential privacy, epsilon,
+        the largest of the seeds', "-" of the others.
 
     Raises:
         ValueError: a method without a model that has them.
@@ -131,6 +132,9 @@ def table_rows(
             up = float(np.mean([r["uplink_bytes_per_client"] for r in last]))
             for column, count in (("up", up), ("down", costs[method] - up), ("bytes", costs[method])):
                 row[f"{column}/client"] = human_bytes(count) if sent else "-"
+            if "sealed_bytes_per_client" in last[0]:
+                sealed = float(np.mean([r["sealed_bytes_per_client"] for r in last]))
+                row["sealed/client"] = human_bytes(sealed) if sent else "-"
             row["floats/client"] = f"{floats[method]:,.0f}" if sent else "-"
             if baseline is not None:
                 for column, count in (("less", costs), ("less floats", floats)):

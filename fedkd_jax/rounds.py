@@ -26,11 +26,13 @@ from fedkd_jax.types import (
     Leaf,
     LocalResult,
     LossTerms,
+    Payload,
     PyTree,
     RoundInfo,
     SendFn,
     ServerState,
     Turn,
+    Wire,
     record,
 )
 
@@ -91,6 +93,8 @@ def federated_round(
     server_optimizer: optax.GradientTransformation | None = None,
     message: str = "update",
     layout: Layout | None = None,
+    wire: Wire | None = None,
+    download: Callable[[ServerState, Key], Payload] | None = None,
 ) -> Round:
     """Builds `round(server, clients [K], data [K], ids [K], key, turn [K] | None) -> (server, clients [K], info)`.
 
@@ -119,6 +123,11 @@ def federated_round(
             applied as it is (`optax.sgd(1.0)`).
         message: "update" where messages are new - old, "gradient" where they are gradients.
         layout: how clients are mapped over the hardware.
+        wire: `wire(payload, direction=, round=, client=, sends=, heard=) -> payload`, what every message goes through on its
+            way, such as a `Transport`; "up" with one client [], "down" with the cohort [K]. `sends` is False where no message
+            leaves, and `heard` where it comes too late to be read; then what is returned counts for nothing.
+        download: `(server, key of the client's local work) -> payload` of what a client gets before it works, where that is
+            of its own; `local_fn` sees what arrives of its content as `server.params`. Nothing else goes down then.
 
     Raises:
         ValueError: an unknown `message`; an `aggregator` with noise and `combine`, or with noise where `weight_fn` is not 1 for
@@ -144,15 +153,23 @@ def federated_round(
     # messages are added up as they are where their codec can, and nobody has to look at single updates
     decode_sum = uplink.decode_sum if bound is None and combine is None else None
 
-    def one_client(client: ClientState, own, client_id, turn: Turn | None, server: ServerState, shared, key):
+    def one_client(
+        client: ClientState, own, client_id, turn: Turn | None, server: ServerState, shared, key, there=True
+    ):
         own_key = client_key(key, server.round, client_id)
         local_key, codec_key = jax.random.split(own_key)
-        data = join_parts(own, shared)
-        result = local_fn(server, client, data, local_key)
+        data, known, of = join_parts(own, shared), server, dict(round=server.round, client=client_id)
+        if download is not None:
+            present = there if turn is None else there & turn.present
+            got = _carried(download(server, local_key), wire, direction="down", sends=present, **of)
+            known = dataclasses.replace(server, params=got.content)
+        result = local_fn(known, client, data, local_key)
         message = result.message
         if send_fn is not None:
             message = send_fn(message, client_id, jax.random.fold_in(own_key, SEND_STREAM))
         payload, codec_state = encode(uplink, message, server.round, codec_key, client.codec)
+        sends, heard = (there, there) if turn is None else (there & turn.sends, turn.counted)
+        payload = _carried(payload, wire, direction="up", sends=sends, heard=heard, **of)
         new = dataclasses.replace(result.client, codec=codec_state)
         # what the server adds up: messages, or what they decode to
         sent = uplink.decode(payload) if decode_sum is None else payload
@@ -203,6 +220,7 @@ def federated_round(
             (server, shared, key),
             layout=layout,
             sum_fn=lambda summands: add_up(*summands),
+            tell=wire is not None,
         )
         return clients, reports, summed
 
@@ -213,6 +231,9 @@ def federated_round(
         server_key = client_key(key, server.round, 2**31 - 2)
         update = put_together(reports, summed, client_key(key, server.round, NOISE_ID))
         payload, codec_state = encode(downlink, update, server.round, server_key, server.codec)
+        if download is None:
+            present = True if turn is None else turn.present
+            payload = _carried(payload, wire, direction="down", round=server.round, client=ids, sends=present)
         sent = downlink.decode(payload)
         gradient = sent if message == "gradient" else optax.tree.scale(-1.0, sent)
         step, opt_state = server_optimizer.update(gradient, server.opt_state, server.params)
@@ -252,6 +273,25 @@ def _check_noise(combine, noise, weight_fn) -> None:
     for count in (1, 1000):
         if (weight := float(weight_fn(jnp.int32(count)))) != 1:
             raise ValueError(f"weight_fn({count}) is {weight} with noise; allowed: 1, see uniform_weight")
+
+
+def _carried(payload: Payload, wire: Wire | None, *, round, **of) -> Payload:
+    """What arrives, with a wire or without: numbers as a message holds them.
+
+    Left to itself XLA adds an unrounded product, such as the mean, which is the sum times 1 / weight, to the parameters in one
+    fused operation, and the clients' model would not be what the message says. Integers in between keep it from that; a barrier
+    does not, as on a CPU it is gone before operations are fused.
+    """
+    nothing = jnp.asarray(round) >> 31  # 0, which XLA does not know
+
+    def exact(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        bits = jax.lax.bitcast_convert_type(x, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize])
+        return jax.lax.bitcast_convert_type(bits ^ nothing.astype(bits.dtype), x.dtype)
+
+    payload = dataclasses.replace(payload, content=jax.tree.map(exact, payload.content))
+    return payload if wire is None else wire(payload, round=round, **of)
 
 
 def _where(which, one: PyTree, other: PyTree) -> PyTree:

@@ -23,6 +23,8 @@ Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
 Schedule = Callable[[Any], Any]  # round -> value, as in optax
 Predict = Callable[["ServerState", "ClientState", PyTree], "Outputs"]
 SendFn = Callable[[PyTree, Leaf, Key], PyTree]  # (message, client id, key) -> what the client sends in its place
+# wire(payload, direction="up" or "down", round=[], client=[] or [K], sends=..., heard=...) -> the payload that arrives
+Wire = Callable[..., "Payload"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

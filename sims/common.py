@@ -68,6 +68,9 @@ class Options:
     # those of a process
     processes: str | None = None
     memory: float | None = None  # GB that a device may take, for "auto"; by default what an accelerator has
+    # sims.run: every message goes as bytes, sealed with AES-GCM and opened at the other end; the results are the same, and
+    # tables have the bytes measured beside those counted
+    wire: bool = False
 
 
 def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Options]:
@@ -111,6 +114,10 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
         raise ValueError(f"store is {chosen.store!r} with seeds_at_once; allowed: 'auto' or 'device'")
     if chosen.seeds_at_once and program != "compare":
         raise ValueError("seeds_at_once is True; allowed: False, or for sims.compare")
+    if chosen.wire and chosen.resume is not None:
+        raise ValueError("wire is True with resume; allowed: False, as what was measured before is not saved")
+    if chosen.wire and (program != "run" or chosen.processes is not None):
+        raise ValueError("wire is True; allowed: False, or for sims.run in one process")
     if chosen.processes is not None and chosen.chunk == "measure":
         raise ValueError("chunk is 'measure' with processes; allowed: a number or 'auto'")
     if chosen.processes is not None and (program != "run" or (chosen.out or chosen.resume) is None):

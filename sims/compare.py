@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -154,9 +155,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
                     cohort = config.cohort or clients.size
                     group = None if store is None else placement.choose_group(options, algorithm, cohort)
                     found, epsilon = poison(config, method, clients), epsilons[name]
-                    common.run_method(
-                        config, algorithm, found, seeds, label, progress, on_record, at_once, store, group, epsilon
-                    )
+                    more: dict[str, Any] = dict(store=store, group=group, epsilon=epsilon)
+                    common.run_method(config, algorithm, found, seeds, label, progress, on_record, at_once, **more)
                 for seed, partial in partials.items():
                     partial.replace(files[seed])
             for seed, done in files.items():

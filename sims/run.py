@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
-from fedkd_jax import Checkpoints, Stopped, plots, report
+from fedkd_jax import Checkpoints, Stopped, Transport, plots, report
 from fedkd_jax.build import build_algorithm, build_data, build_epsilon, build_participation, poison
 from fedkd_jax.config import load_config
 from sims import common, hardware, placement
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         common.console.quiet = not first
         clients = build_data(config)
         layout = placement.choose_layout(config, options, clients)
-        algorithm = build_algorithm(config, method, clients, layout)
+        transport = Transport() if options.wire else None
+        algorithm = build_algorithm(config, method, clients, layout, wire=transport)
         epsilon = build_epsilon(config, method, algorithm, clients.size)
         build_participation(config)  # a file that is none is told now
         where = placement.choose_stores(config, options, {name: algorithm}, clients)[name]
@@ -103,6 +104,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             spent = {"seconds": round(time.perf_counter() - began, 3)}
             if store is not None:
                 spent["seconds_waiting"] = round(store.waited, 3)
+            if transport is not None:
+                record |= transport.measured(clients.size)
             common.append_jsonl(folder / "metrics.jsonl", of_run | record | spent | versions)
             for key, value in record.items():
                 if key != "round" and not isinstance(value, list):
@@ -111,7 +114,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         seeds = config.seeds[:1]
         group = None if store is None else placement.choose_group(options, algorithm, config.cohort or clients.size)
         more: dict[str, Any] = dict(store=store, group=group, checkpoints=checkpoints, epsilon=epsilon)
-        again, found = f"it goes on with\npython -m sims.run --resume {shlex.quote(str(folder))}", poison(config, method, clients)
+        again = f"it goes on with\npython -m sims.run --resume {shlex.quote(str(folder))}"
+        found = poison(config, method, clients)
         try:
             (records,) = common.run_method(config, algorithm, found, seeds, name, progress, on_record, **more)
         except Stopped as stopped:
@@ -124,6 +128,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         if store is not None:
             held = f"states of {len(store):,} clients, {report.human_bytes(store.nbytes)} ({where})"
             common.console.print(f"{held}; rounds waited {store.waited:.1f} s for them")
+        if transport is not None:
+            records[-1] |= transport.measured(clients.size)
+            common.console.print(transport.summary(records[-1]["bytes_per_client"] * clients.size))
     common.console.print(f"peak memory {report.human_bytes(hardware.peak_memory_bytes())}")
 
     if not first:

@@ -29,6 +29,7 @@ from fedkd_jax.types import (
     Model,
     SendFn,
     ServerState,
+    Wire,
 )
 
 
@@ -97,6 +98,7 @@ def fedavg(
     send_fn: SendFn | None = None,
     aggregator: Aggregator | None = None,
     layout: Layout | None = None,
+    wire: Wire | None = None,
 ) -> Algorithm:
     """FedAvg of any model.
 
@@ -108,7 +110,7 @@ def fedavg(
         uplink, downlink: codecs; raw by default.
         loss_fn: `(logits, labels, mask) -> []`.
         reset_optimizer: whether the clients' optimiser starts anew each round, or stays with the client.
-        weight_fn, server_optimizer, send_fn, aggregator, layout: see `federated_round`.
+        weight_fn, server_optimizer, send_fn, aggregator, layout, wire: see `federated_round`.
 
     Returns:
         An `Algorithm` that predicts with "model".
@@ -152,6 +154,7 @@ def fedavg(
             send_fn=send_fn,
             aggregator=aggregator,
             layout=layout,
+            wire=wire,
         ),
         predict={"model": Predictor(model, lambda server, client: merge_params(server.params, server.frozen["model"]))},
         layout=layout,

@@ -42,6 +42,7 @@ from fedkd_jax.types import (
     SendFn,
     ServerState,
     Turn,
+    Wire,
     record,
 )
 
@@ -104,8 +105,13 @@ def keep_units(share: Number) -> SubModel:
     return sub_model
 
 
-def _sub_codec() -> Codec:
-    """Of a `SubUpdate`, what is kept travels; the server adds up updates and the weights of those that had them."""
+def sub_codec() -> Codec:
+    """Of a `SubUpdate`, what is kept travels; the server adds up updates and the weights of those that had them.
+
+    >>> message = SubUpdate(update=jnp.array([3.0, 0.0, 5.0]), kept=jnp.array([True, False, True]))
+    >>> int(sub_codec().encode(message, 0, jax.random.key(0)).nbytes)
+    8
+    """
 
     def encode(message: SubUpdate, round, key) -> Payload:
         del round, key
@@ -177,6 +183,7 @@ def feddropout(
     send_fn: SendFn | None = None,
     aggregator: Aggregator | None = None,
     layout: Layout | None = None,
+    wire: Wire | None = None,
 ) -> Algorithm:
     """Federated dropout of any model of which `sub_model` knows the units.
 
@@ -187,7 +194,7 @@ def feddropout(
         batch: rows of a mini-batch.
         epochs, steps: local work a round: passes over the client's examples, or a number of steps.
         loss_fn: `(logits, labels, mask) -> []`.
-        weight_fn, server_optimizer, layout: see `federated_round`.
+        weight_fn, server_optimizer, layout, wire: see `federated_round`.
         send_fn, aggregator: see there; of each weight only those who have it are counted.
 
     Returns:
@@ -202,7 +209,7 @@ def feddropout(
     >>> sorted(algorithm.predict)
     ['model']
     """
-    server_optimizer = server_optimizer or optax.sgd(1.0)
+    server_optimizer, codec = server_optimizer or optax.sgd(1.0), sub_codec()
     key = jax.random.key(0)
     jax.eval_shape(lambda: sub_model(key, split_params(model, model.init(key))[0]))  # a model without units is told now
 
@@ -210,10 +217,15 @@ def feddropout(
         del key, ids
         return ClientState()
 
-    def local(server, client: ClientState, data, key: Key) -> LocalResult:
+    def masked(tree: PyTree, kept: PyTree) -> SubUpdate:
+        return SubUpdate(update=jax.tree.map(lambda x, on: jnp.where(on, x, 0), tree, kept), kept=kept)
+
+    def download(server: ServerState, key: Key) -> Payload:
         kept = sub_model(jax.random.fold_in(key, UNITS_STREAM), server.params)
-        masked = lambda tree: jax.tree.map(lambda x, on: jnp.where(on, x, 0), tree, kept)  # noqa: E731
-        start = masked(server.params)
+        return codec.encode(masked(server.params, kept), server.round, key)
+
+    def local(server, client: ClientState, data, key: Key) -> LocalResult:
+        start, kept = server.params.update, server.params.kept
         (params, _), loss = local_steps(
             lambda carry, mini, key: task_step(model, optimizer, loss_fn, server.frozen["model"], carry, mini, key),
             (start, optimizer.init(start)),
@@ -223,18 +235,20 @@ def feddropout(
             epochs=epochs,
             steps=steps,
         )
-        message = SubUpdate(update=masked(optax.tree.sub(params, start)), kept=kept)
+        message = masked(optax.tree.sub(params, start), kept)
         return LocalResult(client=client, message=message, terms=task_terms(student=loss))
 
     base = federated_round(
         local,
-        uplink=_sub_codec(),
+        uplink=codec,
         downlink=_mean_codec(),
+        download=download,
         weight_fn=weight_fn,
         server_optimizer=server_optimizer,
         send_fn=None if send_fn is None else _send_kept(send_fn),
         aggregator=None if aggregator is None else _of_kept(aggregator),
         layout=layout,
+        wire=wire,
     )
 
     def finish(server: ServerState, reports: Report, summed, ids, key, turn: Turn | None = None):

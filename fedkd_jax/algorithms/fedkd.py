@@ -44,6 +44,7 @@ from fedkd_jax.types import (
     PyTree,
     SendFn,
     ServerState,
+    Wire,
 )
 
 
@@ -129,6 +130,7 @@ def fedkd(
     send_fn: SendFn | None = None,
     aggregator: Aggregator | None = None,
     layout: Layout | None = None,
+    wire: Wire | None = None,
 ) -> Algorithm:
     """FedKD: private teachers, one shared student, adaptive mutual distillation, low-rank messages.
 
@@ -159,6 +161,7 @@ def fedkd(
         weight_fn: `example_weight` (FedAvg) or `uniform_weight`, or any `count -> weight`.
         server_optimizer, send_fn, aggregator: see `federated_round`.
         layout: how clients are mapped over the hardware.
+        wire: what messages go through, see `federated_round`.
 
     Returns:
         An `Algorithm` that predicts with "teacher" (the client's own) and "student" (shared).
@@ -283,6 +286,7 @@ def fedkd(
             aggregator=aggregator,
             message=message,
             layout=layout,
+            wire=wire,
         ),
         predict={
             "teacher": Predictor(

@@ -34,6 +34,7 @@ from fedkd_jax.types import (
     Number,
     SendFn,
     ServerState,
+    Wire,
 )
 
 
@@ -52,6 +53,7 @@ def scaffold(
     send_fn: SendFn | None = None,
     aggregator: Aggregator | None = None,
     layout: Layout | None = None,
+    wire: Wire | None = None,
 ) -> Algorithm:
     """SCAFFOLD of any model; local steps are plain SGD, of which the variates' equation speaks.
 
@@ -68,7 +70,7 @@ def scaffold(
             from c for good, unless it is wrapped in `error_feedback`.
         loss_fn: `(logits, labels, mask) -> []`.
         server_optimizer: optax, of the model alone.
-        send_fn, aggregator, layout: see `federated_round`; they see model and variates together.
+        send_fn, aggregator, layout, wire: see `federated_round`; the first two see model and variates together.
 
     Returns:
         An `Algorithm` that predicts with "model". `ServerState.params` is `{"model": w, "control": c}`, a client's c_i is
@@ -150,6 +152,7 @@ def scaffold(
         send_fn=send_fn,
         aggregator=given._replace(combine=given.combine and combined),
         layout=layout,
+        wire=wire,
     )
 
     def finish(server: ServerState, reports, summed, ids, key, turn=None):

@@ -31,8 +31,13 @@ RANK_BYTES = 4
 
 
 @record
-class _Factored:
-    """A leaf that may travel as factors, a pair for each of its b matrices; what goes raw has zero factors, and vice versa."""
+class Factored:
+    """A leaf that may travel as factors, a pair for each of its b matrices; what goes raw has zero factors, and vice versa.
+
+    >>> factors = Factors(jnp.zeros((1, 5, 2)), jnp.zeros((1, 2, 4)), jnp.zeros(1, jnp.int32))
+    >>> Factored(factors=factors, raw=jnp.zeros((5, 4)), as_factors=jnp.array([True])).raw.shape
+    (5, 4)
+    """
 
     factors: Any  # Factors [b]
     raw: Leaf  # of the leaf's shape
@@ -155,11 +160,11 @@ def svd_codec(
             for name, matrices in group.items():
                 own = slice(start, start := start + len(matrices))
                 raw = jnp.where(as_factors[own, None, None], 0, matrices).reshape(content[name].shape)
-                content[name] = _Factored(
+                content[name] = Factored(
                     factors=jax.tree.map(lambda x, own=own: x[own], factors), raw=raw, as_factors=as_factors[own]
                 )
                 count = lambda x: jnp.sum(x, dtype=jnp.int32)  # noqa: E731
-                sent[name] = _Factored(
+                sent[name] = Factored(
                     factors=Factors(count(k[own] * m), count(k[own] * n), count(as_factors[own])),
                     raw=count(~as_factors[own]) * m * n,
                     as_factors=jnp.int32(0),
@@ -178,9 +183,9 @@ def svd_codec(
 
     def each(content: PyTree, factored: Callable, other: Callable) -> PyTree:
         def leaf(x):
-            return factored(x) if isinstance(x, _Factored) else other(x)
+            return factored(x) if isinstance(x, Factored) else other(x)
 
-        return jax.tree.map(leaf, content, is_leaf=lambda x: isinstance(x, _Factored))
+        return jax.tree.map(leaf, content, is_leaf=lambda x: isinstance(x, Factored))
 
     def decode(payload: Payload) -> PyTree:
         def one(x):
@@ -198,7 +203,7 @@ def svd_codec(
     return Codec(compress, decode, decode_sum, init) if warm_start else Codec(encode, decode, decode_sum)
 
 
-def _decoded(x: _Factored, weights: Float[Array, "k"]) -> Array:
+def _decoded(x: Factored, weights: Float[Array, "k"]) -> Array:
     """The weighted sum of k clients' messages of one leaf."""
     low_rank = jax.vmap(lambda factors: weighted_product(factors, weights), in_axes=1)(x.factors)
     shape = x.raw.shape[1:]

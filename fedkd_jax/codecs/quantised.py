@@ -12,11 +12,16 @@ SCALE_BYTES = 4
 
 
 @record
-class _Levels:
-    """A leaf as integers times a scale."""
+class Levels:
+    """A leaf as integers times a scale.
+
+    >>> Levels(levels=jnp.zeros((3, 2), jnp.int8), scale=jnp.float32(0), bits=5, dtype=jnp.float32).bits
+    5
+    """
 
     levels: Leaf  # of the leaf's shape, int8 or int16
-    scale: Leaf  # []
+    scale: Leaf  # [] float32
+    bits: int = static_field()  # of each integer as it travels
     dtype: Any = static_field()  # the leaf's
 
 
@@ -50,7 +55,8 @@ def quantise(bits: int) -> Codec:
         scale = jnp.max(jnp.abs(x), initial=0.0)
         share = x / jnp.where(scale > 0, scale, 1.0)
         levels = jnp.floor(most * share.astype(jnp.float32) + jax.random.uniform(key, x.shape))
-        return _Levels(levels=jnp.clip(levels, -most, most).astype(kind), scale=scale, dtype=x.dtype)
+        levels = jnp.clip(levels, -most, most).astype(kind)
+        return Levels(levels=levels, scale=scale.astype(jnp.float32), bits=bits, dtype=x.dtype)
 
     def recode(payload: Payload, round, key) -> Payload:
         del round
@@ -63,7 +69,7 @@ def quantise(bits: int) -> Codec:
                 packed = count // 8 * bits + (count % 8 * bits + 7) // 8
                 nbytes += packed + jnp.where(count > 0, SCALE_BYTES, 0) - count * x.dtype.itemsize
                 out.append(one(x, jax.random.fold_in(key, i)))
-                sent.append(_Levels(levels=count, scale=jnp.int32(count > 0), dtype=x.dtype))
+                sent.append(Levels(levels=count, scale=jnp.int32(count > 0), bits=bits, dtype=x.dtype))
             else:
                 out.append(x)
                 sent.append(count)
@@ -75,10 +81,10 @@ def quantise(bits: int) -> Codec:
 
     def decode(payload: Payload) -> PyTree:
         def leaf(x: Any):
-            if not isinstance(x, _Levels):
+            if not isinstance(x, Levels):
                 return x
-            return (x.levels.astype(jnp.float32) * (x.scale.astype(jnp.float32) / most)).astype(x.dtype)
+            return (x.levels.astype(jnp.float32) * (x.scale / most)).astype(x.dtype)
 
-        return jax.tree.map(leaf, payload.content, is_leaf=lambda x: isinstance(x, _Levels))
+        return jax.tree.map(leaf, payload.content, is_leaf=lambda x: isinstance(x, Levels))
 
     return Codec(encode, decode, recode=recode)

@@ -16,11 +16,15 @@ INDEX_BYTES = 4
 
 
 @record
-class _Sparse:
-    """The largest entries of a flattened update."""
+class Sparse:
+    """The largest entries of a flattened update with their places; or all n entries, zeros but for the largest.
 
-    values: Leaf  # [k]
-    indices: Leaf  # [k] int32
+    >>> Sparse(values=jnp.ones(2), indices=jnp.array([7, 1]), like=(None, 9, jnp.float32)).indices.tolist()
+    [7, 1]
+    """
+
+    values: Leaf  # [k], or [n]
+    indices: Leaf  # [k] int32, or ()
     like: Any = static_field()  # as `_ravel` gives it
 
 
@@ -41,25 +45,24 @@ def _largest(flat: Float[Array, "n"], k: int) -> tuple[Float[Array, "k"], Int[Ar
 
 def _sparse_payload(values, indices, like) -> Payload:
     k, width, (_, size, _) = len(indices), values.dtype.itemsize, like
-    return Payload(
-        content=_Sparse(values=values, indices=indices, like=like),
-        floats=jnp.int32(min(2 * k, size)),
-        nbytes=jnp.int32(min(k * (width + INDEX_BYTES), size * width)),
-        ranks={},
-        sent=_Sparse(values=jnp.int32(k), indices=jnp.int32(k), like=like),
-    )
+    if k * (width + INDEX_BYTES) >= size * width:
+        values, indices = jnp.zeros(size, values.dtype).at[indices].set(values), ()
+    content = Sparse(values=values, indices=indices, like=like)
+    return raw_payload(content)
 
 
 def _dense(payload: Payload) -> PyTree:
     unravel, size, dtype = payload.content.like
-    return unravel(jnp.zeros(size, dtype).at[payload.content.indices].set(payload.content.values.astype(dtype)))
+    values, indices = payload.content.values.astype(dtype), payload.content.indices
+    return unravel(values if isinstance(indices, tuple) else jnp.zeros(size, dtype).at[indices].set(values))
 
 
 def top_k(share: Number) -> Codec:
     """The k entries of the whole update that are largest in absolute value, with their places; the rest arrives as zero.
 
     k = ceil(share n) of n numbers. A message holds k values and k indices, 2k numbers in the paper's count, 8k bytes of
-    float32, and never costs more than all n would. It is biased: use it as `error_feedback(top_k(share))`.
+    float32; where all n numbers, most of them zeros, take no more bytes than that, it holds these. It is biased: use it as
+    `error_feedback(top_k(share))`.
 
     Reference: Aji and Heafield, "Sparse communication for distributed gradient descent", EMNLP 2017.
 
