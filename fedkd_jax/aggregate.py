@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
+from fedkd_jax.check import check_number
 from fedkd_jax.types import Array, Number, PyTree
 
 
@@ -81,8 +82,7 @@ def clip_update(max_norm: Number) -> Callable[[PyTree], PyTree]:
     >>> [clip_update(5.0)(jnp.array(x)).tolist() for x in ([6.0, 8.0], [3.0, -4.0])]
     [[3.0, 4.0], [3.0, -4.0]]
     """
-    if not 0 < max_norm < float("inf"):
-        raise ValueError(f"max_norm is {max_norm}; allowed: a number above 0")
+    check_number("max_norm", max_norm, "(0, inf)")
     clip = optax.clip_by_global_norm(float(max_norm))
     return lambda update: clip.update(update, optax.EmptyState())[0]
 
@@ -113,13 +113,12 @@ def trimmed_mean(share: Number) -> Callable[[PyTree, PyTree], PyTree]:
     leaves the range of the others'.
 
     Raises:
-        ValueError: a share outside [0, 0.5).
+        ValueError: a share outside [0, 0.5), of what is left out on each side.
 
     >>> trimmed_mean(0.25)(jnp.array([-100.0, 1.0, 2.0, 9.0]), jnp.ones(4)).tolist()
     1.5
     """
-    if not 0 <= share < 0.5:
-        raise ValueError(f"share is {share}; allowed: what is left out on each side, in [0, 0.5)")
+    check_number("share", share, "[0, 0.5)")
     return lambda updates, weights: _middle_mean(updates, weights, lambda n: math.floor(round(share * n, 6)))
 
 

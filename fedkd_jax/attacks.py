@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedkd_jax.check import check_fn, check_int, check_number
+from fedkd_jax.data.federated import check_data
 from fedkd_jax.types import Array, ClientSource, FederatedData, Key, Leaf, Number, PyTree, SendFn
 
 HostileFn = Callable[[Leaf], Leaf]  # client id -> [] bool
@@ -27,14 +29,15 @@ def hostile_share(share: Number, population: int, *, seed: int = 0) -> HostileFn
         seed: of the draw.
 
     Raises:
-        ValueError: a share outside [0, 1).
+        ValueError: a share outside [0, 1), no population.
 
     >>> hostile = hostile_share(0.2, 10)
     >>> sum(bool(hostile(i)) for i in range(10))
     2
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"share is {share}; allowed: a share of the clients in [0, 1)")
+    check_number("share", share, "[0, 1)")
+    check_int("population", population)
+    check_int("seed", seed, 0, 2**63 - 1)
     drawn = np.random.default_rng(seed).permutation(population)[: int(round(share * population, 6))]
     table = np.isin(np.arange(population), drawn)
     return lambda client_id: jnp.asarray(table)[client_id]
@@ -43,10 +46,16 @@ def hostile_share(share: Number, population: int, *, seed: int = 0) -> HostileFn
 def attacked(attack_fn: AttackFn, hostile: HostileFn) -> SendFn:
     """`send_fn` of a round in which those who are hostile send what the attack makes of their message.
 
+    Raises:
+        TypeError: no functions.
+
     >>> send = attacked(sign_flip(10.0), hostile=lambda i: i == 3)
     >>> [float(send(jnp.float32(2.0), client_id, jax.random.key(0))) for client_id in (3, 4)]
     [-20.0, 2.0]
     """
+
+    check_fn("attack_fn", attack_fn, "(message, key) -> message, sign_flip(10.0) say")
+    check_fn("hostile", hostile, "client id -> bool")
 
     def send(message: PyTree, client_id: Leaf, key: Key) -> PyTree:
         bad = hostile(client_id)
@@ -64,8 +73,7 @@ def sign_flip(scale: Number = 1.0) -> AttackFn:
     >>> sign_flip(10.0)({"w": jnp.float32(2.0)}, jax.random.key(0))["w"].item()
     -20.0
     """
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}; allowed: a number above 0")
+    check_number("scale", scale, "(0, inf)")
     return scaled(-scale)
 
 
@@ -73,9 +81,13 @@ def scaled(factor: Number) -> AttackFn:
     """`update -> factor update`: the model that the client has, in place of the mean (Bagdasaryan et al., "How to backdoor
     federated learning", AISTATS 2020).
 
+    Raises:
+        ValueError: a factor that is not finite.
+
     >>> scaled(10.0)({"w": jnp.float32(2.0)}, jax.random.key(0))["w"].item()
     20.0
     """
+    check_number("factor", factor, "(-inf, inf)")
     return lambda update, key: optax.tree.scale(float(factor), update)
 
 
@@ -87,11 +99,18 @@ def label_flip(data: FederatedData | ClientSource, hostile: HostileFn, classes: 
         hostile: which clients.
         classes: number of classes.
 
+    Raises:
+        TypeError: no data.
+        ValueError: data that cannot be (`check_data`), no class.
+
     >>> from fedkd_jax.data import federate
     >>> data = federate(np.zeros((5, 1)), np.array([0, 1, 2, 0, 1]), [np.arange(3), np.arange(3, 5)])
     >>> label_flip(data, lambda i: i == 0, classes=3).labels.tolist()
     [2, 1, 0, 0, 1]
     """
+    check_data("data", data)
+    check_fn("hostile", hostile, "client id -> bool")
+    check_int("classes", classes)
     if isinstance(data, ClientSource):
         return data._replace(take=lambda ids: _flipped(data.take(ids), np.asarray(ids), hostile, classes))
     return _flipped(data, np.arange(len(data.start)), hostile, classes)

@@ -6,6 +6,7 @@ An error is one line that names the key, its value and what is allowed, and it c
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -267,7 +268,7 @@ def checkpoint_folder(config: Experiment) -> pathlib.Path:
     'folder'
     """
     assert config.checkpoint is not None, "validate() asks for one"
-    return minilm_folder() if config.checkpoint == "minilm" else pathlib.Path(config.checkpoint).expanduser()
+    return minilm_folder() if config.checkpoint == "minilm" else pathlib.Path(os.path.expanduser(config.checkpoint))
 
 
 def load_tokenizer(config: Experiment) -> tokenizers.Tokenizer:
@@ -310,7 +311,7 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
             sizes = {key: getattr(own, key) for key in ("width", "heads", "inner", "positions", "dtype", "remat")}
             if config.checkpoint is not None:
                 tokenizer = load_tokenizer(config)
-                sizes |= {"vocab": tokenizer.get_vocab_size(), "pad": tokenizer.token_to_id("[PAD]")}
+                sizes |= {"vocab": _vocabulary(tokenizer), "pad": tokenizer.token_to_id("[PAD]")}
             sizes = TransformerConfig(layers=own.depth, **sizes)
             models[name] = freeze(clients.model(sizes), is_table)
         heads[name] = sizes.heads
@@ -327,12 +328,16 @@ def build_models(config: Experiment, clients: Clients) -> dict[str, Model]:
 _load_bert = functools.lru_cache(maxsize=1)(load_bert)  # all methods start from the same arrays
 
 
+def _vocabulary(tokenizer: tokenizers.Tokenizer) -> int:
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)  # and not how many: numbers may be left out
+
+
 def _check_tokens(config: Experiment, sizes: TransformerConfig) -> None:
     """Texts are padded by the tokenizer and read by the model: they must speak of the same tokens."""
     tokenizer = load_tokenizer(config)
     for name, own, theirs in (
         ("padding token", sizes.pad, tokenizer.token_to_id("[PAD]")),
-        ("number of tokens", max(sizes.vocab, tokenizer.get_vocab_size()), sizes.vocab),
+        ("number of tokens", max(sizes.vocab, _vocabulary(tokenizer)), sizes.vocab),
     ):
         if own != theirs:
             allowed = f"a model and a tokenizer that agree; the {name} is {own} and {theirs}"
@@ -493,7 +498,7 @@ def build_participation(config: Experiment) -> Participation:
     """Who takes part, and how.
 
     Raises:
-        ConfigError: the trace is no [T, G] bool.
+        ConfigError: the trace is no [T, G] bool of NumPy's, as `numpy.save` writes it.
         FileNotFoundError: there is no such file.
 
     >>> from fedkd_jax.config import ParticipationConfig
@@ -504,18 +509,27 @@ def build_participation(config: Experiment) -> Participation:
     """
     own, available, turn = config.participation, None, None
     if own.trace is not None:
-        trace = np.load(pathlib.Path(own.trace).expanduser())
-        if trace.ndim != 2 or trace.dtype != bool or not trace.any():
-            raise ConfigError(
-                "participation.trace", own.trace, f"[T, G] bool with some true, not {trace.dtype}{list(trace.shape)}"
-            )
-        available = available_by(trace)
+        available = available_by(_load_trace(own.trace))
     elif own.available < 1:
         available = available_with(own.available)
     if own.dropout or own.stragglers or own.spread:
         options = dict(dropout=own.dropout, stragglers=own.stragglers, least=own.least_work, spread=own.spread)
         turn = unreliable(**options)
     return Participation(available=available, turn=turn, first=own.first, strata=own.strata)
+
+
+def _load_trace(path: str) -> np.ndarray:
+    wanted = "an .npy file, [T, G] bool with some true"
+    try:  # a map, as a header may promise more than the file holds
+        trace = np.load(os.path.expanduser(path), mmap_mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # whatever a strange file does to NumPy
+        raise ConfigError("participation.trace", path, f"{wanted}; {type(error).__name__}: {error}") from None
+    if not isinstance(trace, np.ndarray) or trace.ndim != 2 or trace.dtype != bool or not trace.any():
+        found = f"{trace.dtype}{list(trace.shape)}" if isinstance(trace, np.ndarray) else "an archive"
+        raise ConfigError("participation.trace", path, f"{wanted}, not {found}")
+    return np.array(trace)
 
 
 def build_algorithm(

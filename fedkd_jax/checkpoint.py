@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from fedkd_jax.check import check_int, check_number
 from fedkd_jax.history import HistoryFiles
 from fedkd_jax.journal import Journal
 from fedkd_jax.parallel import Layout
@@ -73,12 +74,11 @@ class Checkpoints:
     def __init__(
         self, folder: str | pathlib.Path, *, rounds: int | None = None, minutes: Number | None = 5, keep: int = 1
     ):
-        if rounds is not None and rounds < 1:
-            raise ValueError(f"rounds is {rounds}; allowed: at least 1, or None")
-        if minutes is not None and not minutes >= 0:
-            raise ValueError(f"minutes is {minutes}; allowed: at least 0, or None")
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; allowed: at least 1")
+        if rounds is not None:
+            check_int("rounds", rounds)
+        if minutes is not None:
+            check_number("minutes", minutes, "[0, inf)")
+        check_int("keep", keep)
         self.folder, self.rounds, self.minutes, self.keep = pathlib.Path(folder), rounds, minutes, keep
         self._stop = False
 

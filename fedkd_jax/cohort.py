@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
+from fedkd_jax.check import check_int
 from fedkd_jax.types import Array, Key, PyTree
 
 
@@ -28,12 +29,15 @@ def sample_cohort(key: Key, round: Int[Array, ""] | int, population: int, cohort
     the population.
 
     Raises:
+        TypeError: a `population` or `cohort` that is no integer.
         ValueError: `cohort` not in 1..population.
 
     >>> ids = sample_cohort(jax.random.key(0), 3, population=1000, cohort=4)
     >>> len(set(ids.tolist())), sample_cohort(jax.random.key(0), 3, 3, 3).tolist()
     (4, [0, 1, 2])
     """
+    check_int("population", population)
+    check_int("cohort", cohort, -(2**31))
     if not 1 <= cohort <= population:
         raise ValueError(f"cohort is {cohort}; allowed: 1 to population, {population}")
     if cohort == population:
@@ -54,7 +58,7 @@ def sample_cohort(key: Key, round: Int[Array, ""] | int, population: int, cohort
 
 
 def take(population: PyTree, ids: Int[Array, "k"]) -> PyTree:
-    """The states of a cohort, `[N, ...] -> [K, ...]`.
+    """The states of a cohort, `[N, ...] -> [K, ...]`; an id may occur twice, one past the end is clamped to the last.
 
     >>> take({"w": jnp.arange(5.0)}, jnp.array([3, 1]))["w"].tolist()
     [3.0, 1.0]
@@ -65,7 +69,21 @@ def take(population: PyTree, ids: Int[Array, "k"]) -> PyTree:
 def put(population: PyTree, ids: Int[Array, "k"], cohort: PyTree) -> PyTree:
     """The population with a cohort's states written back; every other client stays bit-identical.
 
+    Ids must differ: of one that occurs twice some state is kept. One past the end is written nowhere. Cohorts that `simulate`
+    draws have neither.
+
+    Raises:
+        ValueError: states of another shape than the population's have.
+
     >>> put({"w": jnp.arange(5.0)}, jnp.array([3, 1]), {"w": jnp.array([7.0, 8.0])})["w"].tolist()
     [0.0, 8.0, 2.0, 7.0, 4.0]
     """
-    return jax.tree.map(lambda x, new: x.at[ids].set(new), population, cohort)
+
+    def leaf(x, new):
+        if jnp.shape(new) != (*jnp.shape(ids), *x.shape[1:]):
+            raise ValueError(
+                f"cohort has shape {jnp.shape(new)}; allowed: {(*jnp.shape(ids), *x.shape[1:])}, a row for each id"
+            )
+        return x.at[ids].set(new)
+
+    return jax.tree.map(leaf, population, cohort)

@@ -3,7 +3,9 @@
 An error is one line that names the key, its value and what is allowed, and it comes before anything is loaded or compiled.
 """
 
+import collections
 import dataclasses
+import math
 import pathlib
 import types
 import typing
@@ -254,13 +256,44 @@ class Experiment:
 
 # ---- strict loading --------------------------------------------------------------------------------------------------
 
+MOST_BYTES = 2**16  # of a file
+MOST_NODES = 10_000  # of a file, those counted again that an alias repeats
+
+
+class _Loader(yaml.SafeLoader):
+    """Without keys that occur twice, and without aliases that make something huge, or endless, of a small file."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._nodes: dict[int, int] = {}  # {id of a node: nodes in it}
+
+    def compose_node(self, parent, index):
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if alias and id(node) not in self._nodes:
+            raise yaml.composer.ComposerError(None, None, "an alias within what it stands for", node.start_mark)
+        if id(node) not in self._nodes:
+            inside = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                keys = collections.Counter(key.value for key, _ in inside if isinstance(key, yaml.ScalarNode))
+                for key, count in keys.items():
+                    if count > 1:
+                        raise yaml.composer.ComposerError(None, None, f"{key} occurs twice", node.start_mark)
+                inside = [one for pair in inside for one in pair]
+            self._nodes[id(node)] = 1 + sum(self._nodes[id(one)] for one in inside)
+        if self._nodes[id(node)] > MOST_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES} nodes", node.start_mark)
+        return node
+
 
 def load_config(path: str | pathlib.Path) -> Experiment:
     """An experiment from a YAML file, validated.
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: an unknown key (the error lists the valid ones), a wrong type, an impossible value, or no YAML.
+        ConfigError: an unknown key (the error lists the valid ones), one that occurs twice, a wrong type, an impossible value,
+            or no YAML.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
@@ -269,10 +302,13 @@ def load_config(path: str | pathlib.Path) -> Experiment:
     ...     except ConfigError as error: print(str(error).split(";")[0])
     data.alhpa is 0.1
     """
+    text = pathlib.Path(path).read_bytes()
+    if len(text) > MOST_BYTES:
+        raise ConfigError(str(path), f"{len(text)} bytes", f"a YAML file of at most {MOST_BYTES}")
     try:
-        raw = yaml.safe_load(pathlib.Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), " ".join(str(error).split()), "a YAML file") from None
+        raw = yaml.load(text.decode(), _Loader)
+    except Exception as error:  # PyYAML's own, and whatever its constructors make of a strange tag or of deep nesting
+        raise ConfigError(str(path), " ".join(f"{type(error).__name__}: {error}".split()), "a YAML file") from None
     config = from_dict(Experiment, {} if raw is None else raw)
     validate(config)
     return config
@@ -313,7 +349,7 @@ def from_dict(kind: Any, value: Any, key: str = "") -> Any:
         if not isinstance(value, dict):
             raise ConfigError(key, value, "a mapping from names to settings")
         return {str(name): from_dict(args[1], {} if v is None else v, f"{key}.{name}") for name, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         point = ", which YAML wants written as in 1.0e-4" if kind is float and isinstance(value, str) else ""
@@ -377,6 +413,7 @@ def validate(config: Experiment) -> None:
     ... except ConfigError as error: print(error)
     rounds is 0; allowed: at least 1
     """
+    _check("/" not in config.name and config.name != "", "name", config.name, "a folder's name, without '/'")
     for key in ("rounds", "eval_every", "batch", "epochs"):
         _check(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
     _check(config.steps is None or config.steps >= 1, "steps", config.steps, "at least 1, or null for epochs")
@@ -389,6 +426,23 @@ def validate(config: Experiment) -> None:
     _validate_models(config)
     _validate_optimizers(config)
     _validate_methods(config)
+    _validate_plain(dataclasses.asdict(config), "")
+
+
+def _validate_plain(value: Any, key: str) -> None:
+    """Numbers that the programs can count with, and strings that can be printed and name files, wherever they are."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, one in items:
+            below = f"{key}.{name}" if key else str(name)
+            _check(str(name).isprintable(), key, name, "names of printable characters")
+            _validate_plain(one, f"{key}[{name}]" if isinstance(value, list | tuple) else below)
+    elif isinstance(value, float):
+        _check(math.isfinite(value), key, value, "a finite number")
+    elif isinstance(value, int):
+        _check(-(2**31) <= value < 2**31, key, value, "an integer of 32 bits")
+    elif isinstance(value, str):
+        _check(value.isprintable(), key, value, "printable characters")
 
 
 def _validate_data(config: Experiment) -> None:
@@ -509,6 +563,7 @@ def _validate_methods(config: Experiment) -> None:
     _check(len(config.methods) > 0, "methods", config.methods, "one method or more")
     for name, method in config.methods.items():
         key = f"methods.{name}"
+        _check("/" not in name and name != "", "methods", name, "names that may be a folder's, without '/'")
 
         def check(ok: bool, field: str, allowed: str, key=key, method=method):
             _check(ok, f"{key}.{field}", getattr(method, field), allowed)

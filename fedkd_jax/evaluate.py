@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.check import check_int, check_type
 from fedkd_jax.cohort import take
-from fedkd_jax.data import client_parts, join_parts, take_clients
+from fedkd_jax.data import check_data, client_parts, join_parts, take_clients
 from fedkd_jax.local import gather_batch
 from fedkd_jax.losses import cross_entropy
 from fedkd_jax.metrics import AnyMetric, accuracy, as_metric
@@ -48,7 +49,9 @@ def evaluate(
         value of all clients' counts together, for a plain function the mean weighted by rows.
 
     Raises:
-        ValueError: a model is called "round" or "pooled"; not as many `ids` as clients in `data`, or no such clients.
+        TypeError: no `Algorithm`, `State`, data or metrics.
+        ValueError: a model is called "round" or "pooled"; not as many `ids` as clients in `data`, or no such clients; data that
+            cannot be, see `check_data`; `batch` below 1.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp
@@ -61,11 +64,14 @@ def evaluate(
     >>> result["model"]["accuracy"].shape, result["pooled"]["model"]["accuracy"] - float(result["model"]["accuracy"][0])
     ((2,), 0.0)
     """
+    check_type("state", state, State)
     options, values = _plan(algorithm, data, metrics, batch)
     if ids is not None:
         held = [] if isinstance(state.clients, Store) else [x.shape[0] for x in jax.tree.leaves(state.clients)]
         last = min(held, default=2**31 - 1) - 1
-        if len(ids) != len(data.start) or np.min(ids) < 0 or np.max(ids) > last:
+        ids = np.asarray(ids)
+        whole = ids.shape == (len(data.start),) and ids.dtype.kind in "iu"
+        if not whole or np.min(ids) < 0 or np.max(ids) > last:
             raise ValueError(f"ids is {ids}; allowed: {len(data.start)} of 0 to {last}, one for each client of data")
     if not isinstance(state.clients, Store):
         if ids is not None:
@@ -113,6 +119,7 @@ def evaluate_seeds(
     >>> len(evaluate_seeds(algorithm, state, data))
     3
     """
+    check_type("state", state, State)
     options, values = _plan(algorithm, data, metrics, batch)
     counts = jax.device_get(_counts_of_seeds(state, data, seeds=layout or Layout(), **options))
     return [values(jax.tree.map(lambda x: x[i], counts)) for i in range(len(state.server.round))]  # noqa: B023
@@ -120,6 +127,10 @@ def evaluate_seeds(
 
 def _plan(algorithm: Algorithm, data: FederatedData, metrics: Mapping[str, AnyMetric], batch: int):
     """What `_counts` is compiled for, and the function from what it returns to what `evaluate` does."""
+    check_type("algorithm", algorithm, Algorithm)
+    check_int("batch", batch)
+    check_type("metrics", metrics, Mapping, "{name: metric}")
+    check_data("data", data)
     for model in algorithm.predict:
         if model in RESERVED:
             raise ValueError(f"a model is called {model!r}; allowed: any name but {' and '.join(RESERVED)}")

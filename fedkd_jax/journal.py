@@ -105,13 +105,16 @@ def _read_about(path: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with path.open("rb") as file:
-        length, end = np.frombuffer(file.read(HEAD).ljust(HEAD, b"\0"), np.int64)
+        length, end = np.frombuffer(file.read(HEAD).ljust(HEAD, b"\0"), np.int64).tolist()
+        if length <= 0 or end < HEAD or end + length > os.fstat(file.fileno()).st_size:
+            return None
         file.seek(end)
-        said = file.read(length) if length > 0 else b""
-    if not said or len(said) < length:
-        return None
-    about = json.loads(said)
-    return about if about["boot"] == _boot() else None
+        try:
+            about = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            return None
+    known = isinstance(about, dict) and type(about.get("round")) is int
+    return about if known and about.get("boot") == _boot() else None
 
 
 def _read_arrays(path: pathlib.Path, shapes: Sequence[tuple[Any, Sequence[int]]]) -> list[np.ndarray]:

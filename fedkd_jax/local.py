@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
+from fedkd_jax.check import check_fn, check_int, check_type
 from fedkd_jax.types import Array, Batch, FederatedData, Key, Leaf, PyTree
 
 StepFn = Callable[[Any, Batch, Key], tuple[Any, PyTree]]
@@ -63,6 +64,28 @@ def gather_batch(data: FederatedData, order: Int[Array, "n"], step: Int[Array, "
     return Batch(inputs=jax.tree.map(read, data.inputs), labels=read(data.labels), mask=mask)
 
 
+def check_local(*, batch: int, epochs: int, steps: int | None, loss_fn: Callable, **optimizers: Any) -> None:
+    """Refuses local work that cannot be, where an algorithm is made.
+
+    Raises:
+        TypeError: sizes that are no integers, a loss that is no function, an optimiser that is not optax's.
+        ValueError: sizes below 1.
+
+    >>> try: check_local(batch=0, epochs=1, steps=None, loss_fn=len)
+    ... except ValueError as error: print(error)
+    batch is 0; allowed: at least 1
+    """
+    check_int("batch", batch)
+    check_int("epochs", epochs)
+    if steps is not None:
+        check_int("steps", steps)
+    check_fn("loss_fn", loss_fn, "of outputs, labels and mask")
+    for name, optimizer in optimizers.items():
+        check_type(
+            name, optimizer, optax.GradientTransformation, "an optax.GradientTransformation, optax.adam(1e-3) say"
+        )
+
+
 def count_steps(
     count: Int[Array, ""] | int, work: Leaf = (), *, batch: int, epochs: int = 1, steps: int | None = None
 ) -> Int[jax.Array, ""]:
@@ -110,6 +133,10 @@ def local_steps(
     Returns:
         The last carry, and the mean of `terms` over the steps (zeros where there was none).
 
+    Raises:
+        TypeError: something else than data or a function.
+        TypeError, ValueError: `batch`, `epochs` or `steps` that are no integers from 1 up.
+
     >>> import numpy as np
     >>> data = FederatedData(inputs=np.ones((10, 1)), labels=np.arange(10), start=np.int32(4),
     ...                      count=np.int32(3), max_count=4)
@@ -118,6 +145,9 @@ def local_steps(
     >>> int(total), float(terms)
     (30, 0.75)
     """
+    check_type("data", data, FederatedData)
+    check_fn("step_fn", step_fn, "(carry, batch, key) -> (carry, terms)")
+    check_local(batch=batch, epochs=epochs, steps=steps, loss_fn=step_fn)
     size = -(-data.max_count // batch) * batch
     rows = size if steps is None else min(size, steps * batch)
     count = jnp.asarray(data.count, jnp.int32)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Bool, Float, Int, Shaped
 
+from fedkd_jax.check import check_fn, check_int, check_type
 from fedkd_jax.types import Array, LossTerms, Outputs
 
 
@@ -36,6 +37,25 @@ def _hide(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[..., None], values, 0.0)
 
 
+def check_labels(logits: Array, labels: Array) -> None:
+    """Refuses labels that are not an integer for each row of logits.
+
+    Raises:
+        ValueError: another shape or type.
+
+    >>> try: check_labels(jnp.zeros((4, 3)), jnp.zeros((4, 1), int))
+    ... except ValueError as error: print(error)
+    labels is int32[4, 1] with logits float32[4, 3]; allowed: integers [4] with floating-point logits
+    """
+    rows, kinds = jnp.shape(logits)[:-1], [jnp.result_type(x) for x in (logits, labels)]
+    whole = jnp.issubdtype(kinds[1], jnp.integer) and jnp.issubdtype(kinds[0], jnp.floating)
+    if jnp.ndim(logits) == 0 or jnp.shape(labels) != rows or not whole:
+        given, wanted = (f"{kind}{list(jnp.shape(x))}" for kind, x in zip(kinds, (logits, labels), strict=True))
+        raise ValueError(
+            f"labels is {wanted} with logits {given}; allowed: integers {list(rows)} with floating-point logits"
+        )
+
+
 def answered(labels: Int[Array, "..."], mask: Shaped[Array, "..."]) -> Bool[jax.Array, "..."]:
     """The mask over labels of what is to be predicted: not masked, and a label that is not below 0.
 
@@ -52,20 +72,22 @@ def cross_entropy(
 
     Args:
         logits: `[B, ..., C]` float32.
-        labels: `[B, ...]` int, in 0..C-1; below 0 where there is nothing to predict, which masks the entry.
+        labels: `[B, ...]` int, in 0..C-1; below 0 where there is nothing to predict, which masks the entry. Of C or more the
+            value is NaN and the gradient that of no class at all; of logits with a NaN both are NaN.
         mask: bool or 0/1 over the leading axes: `[B]`, or `[B, L]` for tokens; False entries do not count.
 
     Returns:
         `[]` in nats; 0 when all entries are masked.
 
     Raises:
-        ValueError: the mask's shape is not a prefix of the labels'.
+        ValueError: labels that are no integer for each row of logits, or a mask whose shape is not a prefix of theirs.
 
     >>> import jax.numpy as jnp
     >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 9.0]]), jnp.array([0, 0])
     >>> float(cross_entropy(logits, labels, jnp.array([True, False]))).__round__(4)
     0.1269
     """
+    check_labels(logits, labels)
     mask = answered(labels, mask)
     logits, labels = _hide(jnp.asarray(logits), mask), jnp.where(mask, labels, 0)
     return _masked_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
@@ -85,11 +107,16 @@ def kl_divergence(
     Returns:
         `[]` in nats, never negative; 0 for equal logits and when all entries are masked.
 
+    Raises:
+        ValueError: logits of two shapes, or a mask that is not over their leading axes.
+
     >>> import jax.numpy as jnp
     >>> p, mask = jnp.array([[1.0, 2.0, 3.0]]), jnp.ones(1, bool)
     >>> float(kl_divergence(p, p, mask)), float(kl_divergence(p, -p, mask)).__round__(4)
     (0.0, 1.1504)
     """
+    if jnp.shape(p_logits) != jnp.shape(q_logits) or jnp.ndim(p_logits) == 0:
+        raise ValueError(f"q_logits has shape {jnp.shape(q_logits)}; allowed: {jnp.shape(p_logits)}, that of p_logits")
     mask = _expand(mask, p_logits.shape[:-1])
     log_p, log_q = (jax.nn.log_softmax(_hide(jnp.asarray(x), mask)) for x in (p_logits, q_logits))
     # rounding can leave -1e-8 at the minimum, where value and gradient are 0
@@ -101,11 +128,13 @@ def layer_map(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
     """The teacher layer (0 = lowest) each student layer is matched with: every (L_t // L_s)-th from the top.
 
     Raises:
-        ValueError: the student has more layers than the teacher.
+        ValueError: the student has more layers than the teacher, or one has fewer than none.
 
     >>> layer_map(12, 4), layer_map(7, 2), layer_map(3, 0)
     ((2, 5, 8, 11), (3, 6), ())
     """
+    check_int("teacher_layers", teacher_layers, 0)
+    check_int("student_layers", student_layers, 0)
     if student_layers > teacher_layers:
         raise ValueError(f"student_layers is {student_layers}; allowed: at most teacher_layers, {teacher_layers}")
     if student_layers == 0:
@@ -139,6 +168,8 @@ def hidden_loss(
     >>> float(hidden_loss(teacher, student, jnp.ones(2, bool), (jnp.ones((5, 4)),)))
     16.0
     """
+    for name, outputs in (("teacher", teacher), ("student", student)):
+        check_type(name, outputs, Outputs)
     if projection is not None and len(projection) != len(student.hidden):
         raise ValueError(
             f"projection has {len(projection)} matrices; allowed: one per student layer, {len(student.hidden)}"
@@ -150,15 +181,15 @@ def hidden_loss(
 
     total = jnp.zeros((), jnp.float32)
     for j, i in enumerate(layer_map(len(teacher.hidden), len(student.hidden))):
-        target, own = jnp.asarray(teacher.hidden[i]), jnp.asarray(student.hidden[j])
+        target, own = teacher.hidden[i], student.hidden[j]
+        if projection is not None and jnp.shape(projection[j]) != (own.shape[-1], target.shape[-1]):
+            raise ValueError(
+                f"projection[{j}] has shape {jnp.shape(projection[j])}; "
+                f"allowed: (student width, teacher width) = {(own.shape[-1], target.shape[-1])}"
+            )
         entries = entries_of(own.shape[:-1])
-        target, own = _hide(target, entries), _hide(own, entries)
+        target, own = _hide(jnp.asarray(target), entries), _hide(jnp.asarray(own), entries)
         if projection is not None:
-            if projection[j].shape != (own.shape[-1], target.shape[-1]):
-                raise ValueError(
-                    f"projection[{j}] has shape {projection[j].shape}; "
-                    f"allowed: (student width, teacher width) = {(own.shape[-1], target.shape[-1])}"
-                )
             own = own @ projection[j]
         if own.shape != target.shape:
             raise ValueError(
@@ -233,6 +264,8 @@ def mutual_distillation(
     >>> float(terms.teacher_total).__round__(4), float(terms.student_total).__round__(4)
     (0.6559, 1.0929)
     """
+    for name, outputs in (("teacher", teacher), ("student", student)):
+        check_type(name, outputs, Outputs)
     if not attention:
         teacher, student = (dataclasses.replace(outputs, attention=()) for outputs in (teacher, student))
     teacher_task = cross_entropy(teacher.logits, labels, mask)
@@ -273,6 +306,7 @@ def per_example(loss_fn: Callable[..., LossTerms]) -> Callable[..., LossTerms]:
     >>> bool(jnp.isclose(whole.teacher_distill, (each[0].teacher_distill + each[1].teacher_distill) / 2))
     True
     """
+    check_fn("loss_fn", loss_fn, "(teacher, student, labels, mask, projection) -> LossTerms")
 
     def loss(teacher: Outputs, student: Outputs, labels, mask, projection=None) -> LossTerms:
         alone = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import ArrayLike
 
+from fedkd_jax.check import check_fn, check_int
+from fedkd_jax.losses import check_labels
 from fedkd_jax.types import Array, PyTree
 
 Counts = Mapping[str, Any]
@@ -49,6 +51,7 @@ def accuracy(
     >>> float(accuracy(logits, jnp.array([1, 1, 1]), jnp.array([True, True, False])))
     0.5
     """
+    check_labels(logits, labels)
     mask = jnp.asarray(mask, bool) & (labels >= 0)
     correct = (jnp.argmax(logits, axis=-1) == labels) & mask
     return correct.sum().astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
@@ -62,7 +65,10 @@ def as_metric(metric: AnyMetric) -> Metric:
     >>> float(counts["sum"]), float(share.value(counts))
     (1.0, 0.5)
     """
-    return metric if isinstance(metric, Metric) else Metric(_RowMean(metric), _mean)
+    if isinstance(metric, Metric):
+        return metric
+    check_fn("metric", metric, "(logits, labels, mask) -> [], or a Metric")
+    return Metric(_RowMean(metric), _mean)
 
 
 @dataclasses.dataclass(frozen=True)  # equal where fn is, so that nothing is compiled twice
@@ -90,6 +96,7 @@ def _mean(counts: Counts) -> np.ndarray:
 def _token_hits(
     logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], mask: Shaped[Array, "b"]
 ) -> Counts:
+    check_labels(logits, labels)
     counted = _over(mask, labels) & (labels >= 0)
     return {"sum": ((jnp.argmax(logits, axis=-1) == labels) & counted).sum(), "n": counted.sum()}
 
@@ -127,13 +134,14 @@ def binary_f1(positive: int = 1) -> dict[str, Metric]:
         `{"precision", "recall", "f1"}`, over all examples of all batches.
 
     Raises:
-        ValueError: when used, if `positive` is not in 0..C-1.
+        ValueError: `positive` below 0, or when used, not in 0..C-1.
 
     >>> f1 = binary_f1()["f1"]
     >>> counts = f1.counts(jnp.array([[0.0, 1.0], [0.0, 2.0], [3.0, 0.0]]), jnp.array([1, 0, 0]), jnp.ones(3, bool))
     >>> float(f1.value(counts)).__round__(3)
     0.667
     """
+    check_int("positive", positive, 0)
     return _f_scores(_binary_counts(positive))
 
 
@@ -142,6 +150,7 @@ def _binary_counts(positive: int) -> Callable[..., Counts]:
     def counts(logits: Float[Array, "b c"], labels: Int[Array, "b"], mask: Shaped[Array, "b"]) -> Counts:
         if not 0 <= positive < logits.shape[-1]:
             raise ValueError(f"positive is {positive}; allowed: 0 to {logits.shape[-1] - 1}, the classes of the logits")
+        check_labels(logits, labels)
         counted = _over(mask, labels) & (labels >= 0)
         predicted = (jnp.argmax(logits, axis=-1) == positive) & counted
         actual = (labels == positive) & counted
@@ -173,9 +182,13 @@ def entity_f1(names: Sequence[str]) -> dict[str, Metric]:
     >>> {name: int(n) for name, n in f1.counts(logits, labels, jnp.array([True])).items()}
     {'hits': 1, 'predicted': 2, 'actual': 1}
     """
-    names = tuple(names)
+    names = (names,) if isinstance(names, str) else tuple(names)
     for i, name in enumerate(names):
-        if name in names[:i] or not (name == "O" or (name[:2] in ("B-", "I-") and name[2:])):
+        if (
+            not isinstance(name, str)
+            or name in names[:i]
+            or not (name == "O" or (name[:2] in ("B-", "I-") and name[2:]))
+        ):
             raise ValueError(f"names has {name!r}; allowed: 'O', 'B-TYPE' and 'I-TYPE', each once")
     return _f_scores(_entity_counts(names))
 
@@ -189,6 +202,7 @@ def _entity_counts(names: tuple[str, ...]) -> Callable[..., Counts]:
     def counts(logits: Float[Array, "b l c"], labels: Int[Array, "b l"], mask: Shaped[Array, "b"]) -> Counts:
         if logits.shape[-1] != len(names):
             raise ValueError(f"names has {len(names)} tags; allowed: {logits.shape[-1]}, the classes of the logits")
+        check_labels(logits, labels)
         is_word = _over(mask, labels) & (labels >= 0)
         words_first = jnp.argsort(~is_word, axis=1, stable=True)
 
@@ -248,6 +262,10 @@ def _impression_mean(name: str, counts: Counts) -> np.ndarray:
 
 
 def _ranking_counts(logits: Float[Array, "b c"], labels: Int[Array, "b c"], mask: Shaped[Array, "b"]) -> Counts:
+    if jnp.shape(logits) != jnp.shape(labels) or jnp.ndim(labels) != 2:
+        raise ValueError(
+            f"labels has shape {jnp.shape(labels)}; allowed: [B, C], that of the logits, {jnp.shape(logits)}"
+        )
     candidate, clicked = labels >= 0, labels > 0
     total, clicks = candidate.sum(axis=1), clicked.sum(axis=1)
     counted = jnp.asarray(mask, bool) & (clicks > 0) & (clicks < total)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fedkd_jax.check import check_fn, check_int, check_type
 from fedkd_jax.types import PyTree
 
 AXIS = "clients"
@@ -31,6 +32,7 @@ class Layout:
             on a CPU as many as fit the cache with all they read and write, which is 1 for all but tiny models.
 
     Raises:
+        TypeError: a `chunk` that is no integer, something else than a mesh.
         ValueError: `chunk` below 1, or a mesh with other axes.
 
     >>> Layout(chunk=4).devices
@@ -41,8 +43,9 @@ class Layout:
     chunk: int | None = None
 
     def __post_init__(self):
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk is {self.chunk}; allowed: at least 1, or None for an automatic choice")
+        if self.chunk is not None:
+            check_int("chunk", self.chunk)
+        check_type("mesh", self.mesh, (Mesh, type(None)), "a mesh, see client_mesh, or None")
         if self.mesh is not None and self.mesh.axis_names != (AXIS,):
             raise ValueError(f"mesh has axes {self.mesh.axis_names}; allowed: {(AXIS,)}, see client_mesh")
 
@@ -103,8 +106,7 @@ def client_mesh(devices: int | None = None) -> Mesh:
     """
     available = jax.devices()
     devices = len(available) if devices is None else devices
-    if not 1 <= devices <= len(available):
-        raise ValueError(f"devices is {devices}; allowed: 1 to {len(available)}, what JAX sees")
+    check_int("devices", devices, 1, len(available))
     if jax.process_count() > 1:  # each process's devices one after another: its clients' places
         available = sorted(available, key=lambda device: (device.process_index, device.id))
         return Mesh(np.array(available[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
@@ -143,12 +145,22 @@ def map_clients(
     Returns:
         `out` stacked `[K]` in the order given, and the sum of the summands.
 
+    Raises:
+        TypeError: no function.
+        ValueError: leaves of `stacked` that do not all have the same K clients, one at least.
+
     >>> out, total = map_clients(lambda x, y: (x * y, {"sum": x}), (jnp.arange(5.0),), (2.0,), layout=Layout(chunk=2))
     >>> out.tolist(), float(total["sum"])
     ([0.0, 2.0, 4.0, 6.0, 8.0], 10.0)
     """
     layout = layout or Layout()
-    clients = jax.tree.leaves(stacked)[0].shape[0]
+    check_fn("fn", fn, "(*client, *shared) -> (out, summand)")
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(stacked)}
+    if len(counts) != 1 or not all(counts.copy().pop() or (0,)):
+        raise ValueError(
+            f"stacked has leading axes {sorted(counts)}; allowed: one of at least 1 client, the same for all"
+        )
+    ((clients,),) = counts
     one = jax.eval_shape(lambda s: jax.tree.map(lambda x: jnp.asarray(x)[0], s), stacked)
     out_shape, summand_shape = jax.eval_shape(fn, *one, *shared, *([jnp.bool_(True)] if tell else []))
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, out_shape, summand_shape)))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from fedkd_jax.check import check_fn, check_int, check_number
 from fedkd_jax.cohort import client_key, sample_cohort
 from fedkd_jax.parallel import map_clients
 from fedkd_jax.types import Array, Key, Leaf, Number, PyTree, Turn
@@ -41,6 +42,7 @@ class Participation:
             several processes trains and keeps its own range.
 
     Raises:
+        TypeError: no functions, or numbers that are no integers.
         ValueError: `first` or `strata` below 1.
 
     >>> everybody_half = Participation(turn=lambda key, round, client_id: Turn(work=0.5, sends=True, seconds=1.0))
@@ -55,10 +57,12 @@ class Participation:
     strata: int = 1
 
     def __post_init__(self):
-        for name in ("first", "strata"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; allowed: at least 1")
+        for name, value in (("available", self.available), ("turn", self.turn)):
+            if value is not None:
+                check_fn(name, value, "(key, round, client id) -> bool or Turn")
+        if self.first is not None:
+            check_int("first", self.first)
+        check_int("strata", self.strata)
 
     def check(self, population: int, cohort: int) -> None:
         """
@@ -189,8 +193,7 @@ def available_with(probability: Number) -> AvailableFn:
     >>> 200 < int(there.sum()) < 300
     True
     """
-    if not 0 < probability <= 1:
-        raise ValueError(f"probability is {probability}; allowed: in (0, 1]")
+    check_number("probability", probability, "(0, 1]")
 
     def available(key, round, client_id):
         return jax.random.bernoulli(
@@ -207,16 +210,17 @@ def available_by(trace: Array) -> AvailableFn:
         trace: `[T, G]` bool; client i is of group `i mod G`, so a column for each client, or for each time zone.
 
     Raises:
-        ValueError: not two axes, no rows or no columns, or nobody is ever there.
+        ValueError: not two axes of bool, no rows or no columns, or nobody is ever there.
 
     >>> night_and_day = available_by(np.array([[True, False], [False, True]]))
     >>> [[bool(night_and_day(None, t, i)) for i in range(4)] for t in (0, 3)]
     [[True, False, True, False], [False, True, False, True]]
     """
     trace = np.asarray(trace)
-    if trace.ndim != 2 or not trace.astype(bool).any():
-        raise ValueError(f"trace has shape {trace.shape}, {np.count_nonzero(trace)} true; allowed: [T, G], some true")
-    rows = jnp.asarray(trace, bool)
+    if trace.ndim != 2 or trace.dtype != bool or not trace.any():
+        some = f", {np.count_nonzero(trace)} true" if trace.dtype == bool else ""
+        raise ValueError(f"trace is {trace.dtype}{list(trace.shape)}{some}; allowed: bool[T, G], some true")
+    rows = jnp.asarray(trace)
 
     def available(key, round, client_id):
         return rows[round % rows.shape[0], client_id % rows.shape[1]]
@@ -244,14 +248,10 @@ def unreliable(*, dropout: Number = 0.0, stragglers: Number = 0.0, least: Number
     >>> bool(turn.sends), bool(turn.work >= 0.5), bool(turn.seconds == turn.work)
     (False, True, True)
     """
-    for name, value, good, allowed in (
-        ("dropout", dropout, 0 <= dropout <= 1, "in [0, 1]"),
-        ("stragglers", stragglers, 0 <= stragglers <= 1, "in [0, 1]"),
-        ("least", least, 0 < least <= 1, "in (0, 1]"),
-        ("spread", spread, 0 <= spread < float("inf"), "0 or more"),
-    ):
-        if not good:
-            raise ValueError(f"{name} is {value}; allowed: {allowed}")
+    check_number("dropout", dropout, "[0, 1]")
+    check_number("stragglers", stragglers, "[0, 1]")
+    check_number("least", least, "(0, 1]")
+    check_number("spread", spread, "[0, inf)")
 
     def turn(key, round, client_id) -> Turn:
         lost, slow, share = jax.random.split(jax.random.fold_in(client_key(key, round, client_id), _TURN), 3)

@@ -8,6 +8,7 @@ population. A run has the same bits with any of them.
 import jax
 import jax.numpy as jnp
 
+from fedkd_jax.check import check_int, check_type
 from fedkd_jax.parallel import Layout, place
 from fedkd_jax.types import Algorithm, FederatedData, Key, ServerState, State
 
@@ -18,6 +19,7 @@ def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
     Over D devices the population is padded to a multiple of D; the surplus clients are never sampled.
 
     Raises:
+        TypeError: no `Algorithm`, no key, or a population that is no integer.
         ValueError: `population` below 1.
 
     >>> import optax
@@ -26,11 +28,27 @@ def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
     >>> state.clients.teacher["dense_0"]["kernel"].shape
     (5, 4, 2)
     """
-    if population < 1:
-        raise ValueError(f"population is {population}; allowed: at least 1")
+    check_type("algorithm", algorithm, Algorithm)
+    check_int("population", population)
+    check_key("key", key)
     layout = algorithm.layout or Layout()
     clients = make_clients(algorithm.init_clients, jax.random.split(key)[1], jnp.arange(_padded(algorithm, population)))
     return State(server=init_server(algorithm, key), clients=place(clients, layout, "clients"))
+
+
+def check_key(name: str, key: Key, axes: int = 0) -> None:
+    """Refuses what is no random key of JAX's new kind, or as many axes of them.
+
+    Raises:
+        TypeError: something else.
+
+    >>> try: check_key("key", 0)
+    ... except TypeError as error: print(error)
+    key is 0; allowed: a key, jax.random.key(0) say
+    """
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == axes):
+        allowed = "keys [S], jax.random.split(jax.random.key(0), 3) say" if axes else "a key, jax.random.key(0) say"
+        raise TypeError(f"{name} is {key!r}; allowed: {allowed}")
 
 
 def state_shapes(algorithm: Algorithm, population: int) -> State:

@@ -32,6 +32,7 @@ import jax
 import optax
 
 from fedkd_jax.aggregate import clip_update
+from fedkd_jax.check import check_int, check_number
 from fedkd_jax.types import Aggregator, Key, Number, PyTree, SendFn
 
 
@@ -81,8 +82,7 @@ def private_send(max_norm: Number, noise_multiplier: Number, cohort: int) -> Sen
     [3.0, 4.0]
     """
     _check_noise(noise_multiplier)
-    if cohort < 1:
-        raise ValueError(f"cohort is {cohort}; allowed: at least 1")
+    check_int("cohort", cohort)
     clip, std = clip_update(max_norm), noise_multiplier * max_norm / math.sqrt(cohort)
     return lambda message, client_id, key: add_noise(clip(message), std, key)
 
@@ -123,12 +123,10 @@ def privacy_spent(noise_multiplier: Number, cohort: int, population: int, rounds
     [4.38, 0.34]
     """
     _check_noise(noise_multiplier)
-    if not 1 <= cohort <= population:
-        raise ValueError(f"cohort is {cohort}; allowed: 1 to population, {population}")
-    if rounds < 0:
-        raise ValueError(f"rounds is {rounds}; allowed: 0 or more")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta is {delta}; allowed: a probability between 0 and 1, both excluded")
+    check_int("population", population)
+    check_int("cohort", cohort, 1, population)
+    check_int("rounds", rounds, 0)
+    check_number("delta", delta, "(0, 1)")
     if rounds == 0 or noise_multiplier == 0:
         return 0.0 if rounds == 0 else math.inf
     return _epsilon(float(noise_multiplier) / 2, cohort, population, rounds, float(delta))
@@ -152,5 +150,4 @@ def _epsilon(sigma: float, cohort: int, population: int, rounds: int, delta: flo
 
 
 def _check_noise(noise_multiplier: Number) -> None:
-    if not 0 <= noise_multiplier < float("inf"):
-        raise ValueError(f"noise_multiplier is {noise_multiplier}; allowed: 0 or more")
+    check_number("noise_multiplier", noise_multiplier, "[0, inf)")

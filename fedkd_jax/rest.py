@@ -28,6 +28,9 @@ def stochastic_round(x: Float[Array, "..."], key: Key) -> Float[jax.Array, "..."
     Returns:
         `[...]` bfloat16.
 
+    Raises:
+        TypeError: no key.
+
     >>> x = jnp.full(10_000, 1 + 1 / 512)  # a quarter of the way from 1 to the next
     >>> rounded = stochastic_round(x, jax.random.key(0))
     >>> sorted(set(rounded.tolist())), abs(float((rounded > 1).mean()) - 0.25) < 0.02
@@ -92,6 +95,7 @@ def check_rest(**dtypes: Any) -> None:
     """Refuses what states cannot rest in.
 
     Raises:
+        TypeError: no dtype.
         ValueError: a dtype that is neither float32 nor bfloat16.
 
     >>> try: check_rest(teacher_dtype=jnp.int8)
@@ -99,6 +103,10 @@ def check_rest(**dtypes: Any) -> None:
     teacher_dtype is int8; allowed: float32, bfloat16
     """
     for name, dtype in dtypes.items():
+        try:
+            jnp.dtype(dtype)
+        except TypeError:
+            raise TypeError(f"{name} is {dtype!r}; allowed: float32, bfloat16") from None
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name} is {jnp.dtype(dtype)}; allowed: float32, bfloat16")
 

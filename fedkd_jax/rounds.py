@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Int
 
 from fedkd_jax.aggregate import all_finite, example_weight, weighted_mean, weighted_sum
+from fedkd_jax.check import check_fn, check_type
 from fedkd_jax.codecs import encode, identity_codec
 from fedkd_jax.cohort import client_key
 from fedkd_jax.data import client_parts, join_parts
@@ -130,6 +131,7 @@ def federated_round(
             of its own; `local_fn` sees what arrives of its content as `server.params`. Nothing else goes down then.
 
     Raises:
+        TypeError: no codec, function, optimiser, aggregator or layout where there should be one.
         ValueError: an unknown `message`; an `aggregator` with noise and `combine`, or with noise where `weight_fn` is not 1 for
             whoever has examples.
 
@@ -147,6 +149,20 @@ def federated_round(
     if message not in ("update", "gradient"):
         raise ValueError(f"message is {message!r}; allowed: 'update', 'gradient'")
     uplink, downlink = uplink or identity_codec(), downlink or identity_codec()
+    for name, codec in (("uplink", uplink), ("downlink", downlink)):
+        check_type(name, codec, Codec, "a Codec, svd_codec(0.95) say")
+    check_fn("local_fn", local_fn, "(server, client, data, key) -> LocalResult")
+    check_fn("weight_fn", weight_fn, "count -> weight, example_weight say")
+    check_type("server_optimizer", server_optimizer, (optax.GradientTransformation, type(None)))
+    check_type("aggregator", aggregator, (Aggregator, type(None)))
+    check_type("layout", layout, (Layout, type(None)))
+    for name, value, like in (
+        ("send_fn", send_fn, "(message, client id, key) -> message"),
+        ("wire", wire, "payload -> payload, Transport() say"),
+        ("download", download, "(server, key) -> payload"),
+    ):
+        if value is not None:
+            check_fn(name, value, like)
     server_optimizer = server_optimizer or optax.sgd(1.0)
     bound, combine, noise = aggregator or Aggregator()
     _check_noise(combine, noise, weight_fn)

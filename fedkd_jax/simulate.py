@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.check import check_fn, check_int, check_type
 from fedkd_jax.checkpoint import Checkpoints
 from fedkd_jax.cohort import put, take
-from fedkd_jax.data import population_size, take_clients
+from fedkd_jax.data import check_data, population_size, take_clients
 from fedkd_jax.evaluate import METRICS, evaluate, evaluate_seeds
 from fedkd_jax.metrics import AnyMetric
 from fedkd_jax.parallel import Layout, map_clients, place
 from fedkd_jax.participation import Participation
-from fedkd_jax.population import init_server, init_state, place_data
+from fedkd_jax.population import check_key, init_server, init_state, place_data
 from fedkd_jax.stores import Store
 from fedkd_jax.stream import Stream
 from fedkd_jax.types import Algorithm, ClientSource, FederatedData, History, Key, RoundInfo, State
@@ -82,10 +83,11 @@ def simulate(
         with its "round".
 
     Raises:
-        ValueError: zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population that is not the data's, a store that
-            is not empty, `eval_ids` that are not the test's or not in 0..N-1, a `group` below 1 or without a store, a
-            participation that does not suit the numbers of clients, several processes without a store or a mesh;
-            `checkpoints` of another run, of more rounds, or with a State.
+        TypeError: an argument of another type.
+        ValueError: data that cannot be, see `check_data`; zero rounds, `cohort` not in 1..N, `eval_every` below 1, a population
+            that is not the data's, a store that is not empty, `eval_ids` that are not the test's or not in 0..N-1, a `group`
+            below 1 or without a store, a participation that does not suit the numbers of clients, several processes without a
+            store or a mesh; `checkpoints` of another run, of more rounds, or with a State.
         Stopped: `checkpoints` was asked to stop.
         OSError: a checkpoint cannot be written; the message says which there is.
 
@@ -98,7 +100,18 @@ def simulate(
     >>> history.rounds.ids.shape, int(state.server.round), history.evaluations[-1]["round"]
     ((4, 2), 4, 4)
     """
-    clients = _check(population, data, rounds, cohort, test, eval_every, eval_ids)
+    check_key("key", key)
+    check_type("store", store, (Store, type(None)))
+    check_type("participation", participation, (Participation, type(None)))
+    check_type("checkpoints", checkpoints, (Checkpoints, type(None)))
+    clients = _check(algorithm, population, data, rounds, cohort, test, eval_every, eval_batch, metrics, eval_ids)
+    _check_fns(on_rounds, on_evaluation)
+    stored = store is not None or (isinstance(population, State) and isinstance(population.clients, Store))
+    if group is not None:
+        check_int("group", group, -(2**31))
+        if group < 1 or not stored:
+            with_ = "with" if stored else "without"
+            raise ValueError(f"group is {group} {with_} a store; allowed: None, or 1 and more with one")
     if isinstance(test, ClientSource):
         test = test.take(np.asarray(eval_ids))
     init_key, run_key = jax.random.split(key)
@@ -119,10 +132,6 @@ def simulate(
             (population, earlier), store = found, None
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         store, state = _begin(algorithm, population, data, store, init_key)
-        if group is not None and (group < 1 or store is None):
-            raise ValueError(
-                f"group is {group} {'without' if store is None else 'with'} a store; allowed: None, or 1 and more with one"
-            )
         data, evaluate_fn = data if isinstance(data, ClientSource) else place_data(data, layout), None
         if test is not None:
             over = dict(data=place_data(test, layout), metrics=metrics, batch=eval_batch, ids=eval_ids)
@@ -218,6 +227,7 @@ def simulate_seeds(
         The states, `[S, ...]`, and a history per seed.
 
     Raises:
+        TypeError: as `simulate`.
         ValueError: as `simulate`; an algorithm whose layout has several devices; not as many states as keys, or none; clients
             in a store.
 
@@ -230,10 +240,15 @@ def simulate_seeds(
     >>> state.server.round.tolist(), [history.evaluations[-1]["round"] for history in histories]
     ([2, 2, 2, 2], [2, 2, 2, 2])
     """
-    clients, seeds = _check(population, data, rounds, cohort, test, eval_every), len(keys)
+    check_key("keys", keys, 1)
+    check_type("data", data, FederatedData)
+    check_type("layout", layout, (Layout, type(None)))
+    clients = _check(algorithm, population, data, rounds, cohort, test, eval_every, eval_batch, metrics)
+    _check_fns(on_rounds, on_evaluation)
+    seeds = len(keys)
     if isinstance(population, State) and isinstance(population.clients, Store):
         raise ValueError("population has its clients in a store; allowed: on the device, as several seeds run at once")
-    states = seeds if isinstance(population, int) else len(population.server.round)
+    states = len(population.server.round) if isinstance(population, State) else seeds
     if states != seeds or not seeds:
         raise ValueError(f"population has {states} states; allowed: one for each of keys, {seeds}, at least 1")
     if algorithm.layout is not None and algorithm.layout.devices > 1:
@@ -271,19 +286,41 @@ def simulate_seeds(
     return state if len(rows) == seeds else jax.jit(take)(state, np.arange(seeds)), histories
 
 
-def _check(population, data, rounds, cohort, test, eval_every, eval_ids=None) -> int:
+def _check_fns(on_rounds, on_evaluation) -> None:
+    for name, value in (("on_rounds", on_rounds), ("on_evaluation", on_evaluation)):
+        if value is not None:
+            check_fn(name, value, "to call, or None")
+
+
+def _check(algorithm, population, data, rounds, cohort, test, eval_every, eval_batch, metrics, eval_ids=None) -> int:
     """The number of clients, if everything fits."""
+    check_type("algorithm", algorithm, Algorithm, "an Algorithm, fedavg(...) say")
+    check_data("data", data)
     clients = population_size(data)
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; allowed: at least 1")
-    if isinstance(population, int) and population != clients:
-        raise ValueError(f"population is {population}; allowed: {clients}, the number of clients in data")
-    if cohort is not None and not 1 <= cohort <= clients:
-        raise ValueError(f"cohort is {cohort}; allowed: 1 to the population, {clients}")
-    if eval_every is not None and eval_every < 1:
-        raise ValueError(f"eval_every is {eval_every}; allowed: at least 1")
-    if eval_ids is not None and not (len(eval_ids) and np.min(eval_ids) >= 0 and np.max(eval_ids) < clients):
+    check_int("rounds", rounds)
+    check_int("eval_batch", eval_batch)
+    check_type("metrics", metrics, Mapping, "{name: metric}")
+    if not isinstance(population, State):
+        check_int("population", population)
+        if population != clients:
+            raise ValueError(f"population is {population}; allowed: {clients}, the number of clients in data")
+    elif not isinstance(population.clients, Store):  # states are padded to a multiple of the devices
+        axis = np.ndim(population.server.round)  # after that of seeds
+        held = min((x.shape[axis] for x in jax.tree.leaves(population.clients)), default=clients)
+        if not clients <= held < clients + jax.device_count():
+            raise ValueError(f"population has the states of {held} clients; allowed: {clients}, the number in data")
+    if cohort is not None:
+        check_int("cohort", cohort, -(2**31))
+        if not 1 <= cohort <= clients:
+            raise ValueError(f"cohort is {cohort}; allowed: 1 to the population, {clients}")
+    if eval_every is not None:
+        check_int("eval_every", eval_every)
+    ids = np.zeros(1, int) if eval_ids is None else np.asarray(eval_ids)
+    whole = ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids)
+    if not whole or ids.min() < 0 or ids.max() >= clients:
         raise ValueError(f"eval_ids is {eval_ids}; allowed: one id or more of 0 to {clients - 1}")
+    if test is not None:
+        check_data("test", test)
     if isinstance(test, ClientSource):
         if eval_ids is None:
             raise ValueError("test is a ClientSource and eval_ids is None; allowed: with ids, of clients to evaluate")
@@ -303,7 +340,7 @@ def _options(algorithm: Algorithm, cohort: int, rounds: int, eval_every: int | N
 
 
 def _init_seeds(algorithm: Algorithm, population: int | State, clients: int, keys: Key, rows: np.ndarray) -> State:
-    if not isinstance(population, int):
+    if isinstance(population, State):
         return jax.jit(take)(population, rows)
     stack = jax.jit(lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states))  # not a compilation for every leaf
     return stack([init_state(algorithm, clients, key) for key in keys])

@@ -200,7 +200,7 @@ class Store:
 
         Raises:
             FileNotFoundError: a file of it is gone.
-            ValueError: it is of another run, or this store is not an open and new one.
+            ValueError: it is damaged, or of another run, or this store is not an open and new one.
         """
         self._opened()
         if self._slots or self._elsewhere or self.round != 0:
@@ -208,10 +208,10 @@ class Store:
         share = (self._population or 0) // jax.process_count()
         for p in range(processes):
             path = folder / f"index-{rounds[-1]}{_part(p, processes)}.npz"
-            with contextlib.nullcontext(index) if index is not None else np.load(path) as said:
-                if not np.array_equal(said["key"], self._key) or said["row_bytes"] != self.row_bytes:
-                    raise ValueError(f"{path} is of another run's clients; allowed: the same algorithm and key")
-                ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
+            said = _read_index(path) if index is None else index
+            if not np.array_equal(said["key"], self._key) or said["row_bytes"] != self.row_bytes:
+                raise ValueError(f"{path} is of another run's clients; allowed: the same algorithm and key")
+            ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
             mine = np.full(len(ids), True) if jax.process_count() == 1 else ids // share == jax.process_index()
             self._elsewhere.update(ids[~mine].tolist())
             self._adopt(folder, files.tolist(), ids, slots, mine)
@@ -391,8 +391,8 @@ class DiskStore(Store):
         for path in folder.glob("index-*.npz"):
             found = re.match(r"index-(\d+)", path.name)
             if found and int(found[1]) in rounds:
-                with np.load(path) as index:
-                    slots, files = index["slots"], index["files"].tolist()
+                said = _read_index(path)
+                slots, files = said["slots"], said["files"].tolist()
                 own = slots[np.array(files)[slots // FILE] == self.path.name] % FILE if files else slots
                 self._kept.setdefault(int(found[1]), set()).update(own.tolist())
         self._kept[rounds[-1]] = {slot for slot in self._slots.values() if slot < FILE}
@@ -460,6 +460,34 @@ class _Files:
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, str(self.files[0][0])) from None
                 left, at = left[done:], at + done
+
+
+def _read_index(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+    """What `Store.index` gave and `Store.save` wrote."""
+    try:
+        with path.open("rb") as file, np.load(file) as index:  # or it stays open where it is no archive
+            if any(member.compress_type for member in index.zip.infolist()):
+                raise ValueError("it is compressed")  # and might unpack to anything
+            said = {name: index[name] for name in ("key", "row_bytes", "ids", "slots", "files")}
+    except OSError:
+        raise
+    except Exception as error:  # whatever a strange file does to NumPy
+        raise ValueError(f"{path} is damaged, {type(error).__name__}: {error}; allowed: as it was saved") from error
+    ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
+    flat = (
+        all(x.ndim == 1 and x.dtype.kind in "iu" for x in (ids, slots)) and files.ndim == 1 and files.dtype.kind == "U"
+    )
+    if (
+        not flat
+        or ids.shape != slots.shape
+        or len(np.unique(ids)) != len(ids)
+        or min(ids.min(initial=0), slots.min(initial=0)) < 0
+        or slots.max(initial=-1) // FILE >= len(files)
+        or any(pathlib.PurePath(name).name != name for name in files.tolist())
+        or said["row_bytes"].shape != ()
+    ):
+        raise ValueError(f"{path} is damaged; allowed: a row for each id, and files of its folder, as it was saved")
+    return said
 
 
 def _part(process: int | None = None, processes: int | None = None) -> str:

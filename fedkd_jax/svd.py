@@ -22,6 +22,7 @@ none (`stop_gradient`). For the straight-through gradient, write `x + stop_gradi
 import functools
 import itertools
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
 
+from fedkd_jax.check import check_int, check_number, check_type
 from fedkd_jax.subspace import ROUNDING, contract, measure, power_of_two, random_probes, subspace_iteration, tied, when
 from fedkd_jax.types import Array, Factors, LowRank, Number
 
@@ -49,10 +51,8 @@ def energy_threshold(start: Number, end: Number, rounds: int) -> optax.Schedule:
     [0.95, 0.96, 0.97, 0.98]
     """
     for name, value in (("start", start), ("end", end)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} is {value}; allowed: a share of energy in (0, 1]")
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; allowed: at least 1")
+        check_number(name, value, "(0, 1]")
+    check_int("rounds", rounds)
     return optax.linear_schedule(start, end, transition_steps=max(rounds - 1, 1))
 
 
@@ -69,11 +69,16 @@ def retained_rank(singular_values: Float[Array, "r"], threshold: Number | Float[
     Returns:
         `[]` int32; r where a value is NaN or infinite (nothing may be dropped).
 
+    Raises:
+        ValueError: other than one axis.
+
     >>> import jax.numpy as jnp
     >>> s = jnp.array([3.0, 2.0, 1.0])                      # energies 9, 4, 1 of 14
     >>> [int(retained_rank(s, t)) for t in (0.5, 0.7, 0.95, 1.0)], int(retained_rank(0 * s, 0.5))
     ([1, 2, 3, 3], 0)
     """
+    if jnp.ndim(singular_values) != 1:
+        raise ValueError(f"singular_values has shape {jnp.shape(singular_values)}; allowed: one axis")
     s = jnp.asarray(singular_values)
     s = s / power_of_two(jnp.max(s, initial=0.0))
     energy = s * s
@@ -105,7 +110,8 @@ def truncated_svd(
         the largest singular value, and no longer below a thousandth. V is orthonormal with all.
 
     Raises:
-        ValueError: unknown method, a matrix that is not 2-D, `max_rank` below 1.
+        ValueError: unknown method, a matrix that is not 2-D or complex, `max_rank` below 1, a number for a threshold that is
+            outside (0, 1] (a traced one is not looked at).
 
     >>> import jax.numpy as jnp
     >>> matrix = jnp.outer(jnp.arange(1.0, 5.0), jnp.array([1.0, 0.0, 2.0]))
@@ -114,9 +120,10 @@ def truncated_svd(
     (1, True)
     """
     if jnp.ndim(matrix) == 2 and matrix.shape[0] < matrix.shape[1]:
+        _check(matrix, threshold, method, max_rank)
         low_rank = truncated_svd(jnp.asarray(matrix).T, threshold, method=method, max_rank=max_rank)
         return LowRank(low_rank.vt.T, low_rank.s, low_rank.u.T, low_rank.rank)
-    matrix, r = _check(matrix, method, max_rank)
+    matrix, r = _check(matrix, threshold, method, max_rank)
     factors = _factorise(matrix, threshold, method, r, precise=True)
     left, scale, _ = _scaled(factors.left)
     s = jnp.linalg.norm(left, axis=0)
@@ -163,7 +170,7 @@ def factorise(
     if jnp.ndim(matrix) == 2 and matrix.shape[0] < matrix.shape[1]:
         factors = factorise(jnp.asarray(matrix).T, threshold, method=method, max_rank=max_rank, start=start)
         return Factors(factors.right.T, factors.left.T, factors.rank)
-    matrix, r = _check(matrix, method, max_rank)
+    matrix, r = _check(matrix, threshold, method, max_rank)
     if start is not None and jnp.shape(start) != (shape := (sketch_columns(matrix.shape[1]), matrix.shape[1])):
         raise ValueError(
             f"start has shape {jnp.shape(start)}; allowed: {shape}, [sketch_columns(k), k] with k = min(m, n)"
@@ -174,11 +181,15 @@ def factorise(
 def reconstruct(low_rank: LowRank) -> Float[Array, "m n"]:
     """U diag(s) V^T, `[m, n]`, at highest matrix precision. The reference code forgets the diag.
 
+    Raises:
+        TypeError: no `LowRank`.
+
     >>> import jax.numpy as jnp
     >>> matrix = jnp.array([[3.0, 1.0], [0.0, 2.0]])
     >>> bool(jnp.allclose(reconstruct(truncated_svd(matrix, 1.0)), matrix, atol=1e-5))
     True
     """
+    check_type("low_rank", low_rank, LowRank)
     return contract(low_rank.u * low_rank.s[None, :], low_rank.vt, 1, 0)
 
 
@@ -190,14 +201,22 @@ def weighted_product(factors: Factors, weights: Float[Array, "k"]) -> Float[Arra
         factors: of k clients, `left [k, m, r]`, `right [k, r, n]`, `rank [k]`.
         weights: `[k]`.
 
+    Raises:
+        ValueError: shapes that are not these.
+
     >>> import jax, jax.numpy as jnp
     >>> matrices = jnp.stack([jnp.outer(jnp.arange(4.0), jnp.arange(3.0)), jnp.ones((4, 3))])
     >>> factors = jax.vmap(lambda matrix: factorise(matrix, 0.9))(matrices)
     >>> weighted_product(factors, jnp.array([1.0, 10.0]))[3].round(4).tolist()
     [10.0, 13.0, 16.0]
     """
-    _, m, r = factors.left.shape
-    n = factors.right.shape[-1]
+    check_type("factors", factors, Factors)
+    (*k, m, r), (*same, inner, n) = factors.left.shape, factors.right.shape
+    if k != same or r != inner or tuple(k) != jnp.shape(weights) or len(k) != 1:
+        raise ValueError(
+            f"factors has shapes {factors.left.shape} and {factors.right.shape} with weights {jnp.shape(weights)}; allowed: "
+            "[k, m, r], [k, r, n] and [k]"
+        )
 
     def add(columns, _):
         w = weights[:, None, None]
@@ -302,13 +321,17 @@ def sketch_columns(n: int) -> int:
     return max(min(3 * n // 8, max(64, n // 12)), 1)
 
 
-def _check(matrix, method, max_rank):
+def _check(matrix, threshold, method, max_rank):
+    if isinstance(threshold, numbers.Real):
+        check_number("threshold", threshold, "(0, 1]")
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if jnp.ndim(matrix) != 2:
         raise ValueError(f"matrix has shape {jnp.shape(matrix)}; allowed: two axes")
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank is {max_rank}; allowed: at least 1")
+    if jnp.iscomplexobj(matrix):
+        raise ValueError(f"matrix has dtype {matrix.dtype}; allowed: real numbers")
+    if max_rank is not None:
+        check_int("max_rank", max_rank)
     r = min(matrix.shape) if max_rank is None else min(*matrix.shape, max_rank)
     return jax.lax.stop_gradient(jnp.asarray(matrix, jnp.float32)), r
 

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedkd_jax.algorithms.feddropout import SubUpdate
+from fedkd_jax.check import check_int, check_type
 from fedkd_jax.codecs.low_rank import Factored
 from fedkd_jax.codecs.quantised import Levels
 from fedkd_jax.codecs.sparse import Sparse
@@ -324,7 +325,8 @@ class Channel:
         side: "client" or "server", whose end this is. There is one of each: two with the same secret would repeat nonces.
 
     Raises:
-        ValueError: a secret, name, id or side of another kind.
+        TypeError, ValueError: a secret, name, id or side of another kind; of `seal` and `open`, a round that is no
+            integer from 0.
 
     >>> secret, run = bytes(range(32)), b"sixteen letters."
     >>> client, server = (Channel(secret, run=run, client=7, side=side) for side in ("client", "server"))
@@ -337,20 +339,22 @@ class Channel:
     """
 
     def __init__(self, secret: bytes, *, run: bytes, client: int, side: str):
+        for name, value in (("secret", secret), ("run", run)):
+            check_type(name, value, bytes)
         if len(secret) < 16:
             raise ValueError(f"secret has {len(secret)} bytes; allowed: at least 16")
         if len(run) != RUN_BYTES:
             raise ValueError(f"run has {len(run)} bytes; allowed: {RUN_BYTES}")
         if side not in ("client", "server"):
             raise ValueError(f"side is {side!r}; allowed: 'client', 'server'")
-        if not 0 <= client < 2**63:
-            raise ValueError(f"client is {client}; allowed: 0 to 2**63 - 1")
+        check_int("client", client, 0, 2**63 - 1)
         key = HKDF(SHA256(), 32, salt=run, info=struct.pack(">11sBQ", b"fedkd_jax k", VERSION, client)).derive(secret)
         self._cipher, self._run, self._client = AESGCM(key), run, client
         self._sends, self._gets = DIRECTIONS if side == "client" else DIRECTIONS[::-1]
         self._sent = self._got = 0  # the numbers of the next messages
 
     def _known(self, direction: str, round: int) -> bytes:
+        check_int("round", round, 0, 2**63 - 1)
         of = VERSION, self._run, self._client, DIRECTIONS.index(direction), round
         return struct.pack(">B16sQBQ", *of)
 

@@ -122,11 +122,11 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
         raise ValueError("chunk is 'measure' with processes; allowed: a number or 'auto'")
     if chosen.processes is not None and (program != "run" or (chosen.out or chosen.resume) is None):
         raise ValueError(f"processes is {chosen.processes!r}; allowed: null, or for sims.run with a folder as --out")
-    if chosen.group != "auto" and not (chosen.group.isdigit() and int(chosen.group) > 0):
+    if chosen.group != "auto" and not (chosen.group.isdecimal() and int(chosen.group) > 0):
         raise ValueError(f"group is {chosen.group!r}; allowed: a number from 1 up, or 'auto'")
     if chosen.memory is not None and not chosen.memory > 0:
         raise ValueError(f"memory is {chosen.memory}; allowed: more than 0 GB")
-    if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdigit() and int(chosen.chunk) > 0):
+    if chosen.chunk not in ("auto", "measure") and not (chosen.chunk.isdecimal() and int(chosen.chunk) > 0):
         raise ValueError(f"chunk is {chosen.chunk!r}; allowed: a number from 1 up, 'auto' or 'measure'")
     return experiment, chosen
 
@@ -472,13 +472,26 @@ def append_jsonl(path: pathlib.Path, record: dict) -> None:
 def read_jsonl(path: pathlib.Path) -> list[dict]:
     """The lines that `append_jsonl` wrote, null as NaN.
 
+    Raises:
+        ValueError: a line that is no record, with its file and number.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
     ...     append_jsonl(path := pathlib.Path(where) / "m.jsonl", {"round": 1, "model/auc": float("nan")}); read_jsonl(path)
     [{'round': 1, 'model/auc': nan}]
     """
-    lines = path.read_text().splitlines()
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}; allowed: a record, as JSON on one line") from None
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number}: a {type(record).__name__}; allowed: a record, as JSON on one line"
+            )
+        records.append({k: math.nan if v is None else v for k, v in record.items()})
+    return records
 
 
 @contextlib.contextmanager

@@ -1,161 +1,42 @@
-"""Readers under hostile input: `python -m sims.fuzz NAME [--count N] [--seed S]`, NAME one of
+"""Readers under hostile input: `python -m sims.fuzz [READER...] [--count N] [--seed S]`, all readers by default.
 
-wire      `deserialise`: messages of every codec
-sealed    `Channel.open`: the same, sealed
+What the readers of files are given is in fuzz_readers.py: corpora, news, images, configs, checkpoints, tokenizers, traces,
+stores and records of runs; what messages are, plain ("wire") and sealed, in fuzz_messages.py.
 
-Inputs are made of valid ones, which are changed, cut, stretched, spliced, or go on at random. A reader must read an input, and
-keep what it documents of what it reads, or refuse it with an error that it documents. Anything else ends the program, which
-prints the input. The table says how many of each kind were read and refused.
+Inputs are made of valid ones, which are changed, cut, stretched, spliced, or go on at random; a text also loses or repeats
+lines and columns, and gets other numbers, other encodings and very long lines; JSON and archives are changed inside. A reader
+must read an input, or refuse it with an error that it documents. Whatever else happens is counted under "others", and the
+input is kept in OUT/READER-VALID-N.bin, to be read again with `--replay FILE`. Memory beyond `--memory` GB more than at the
+start is an error, and more than `--seconds` of the processor for an input is, too; where that ends the program, OUT/READER.now
+is it.
+
+The table says, for each reader, how many inputs were read, how many were refused, the slowest, and by how much memory grew.
 """
 
+if __name__ == "__main__":
+    from sims import hardware
+
+    hardware.prepare_environment()
+
 import argparse
-import functools
+import collections
+import faulthandler
+import pathlib
 import random
+import re
+import resource
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedkd_jax import (
-    Channel,
-    Codec,
-    Payload,
-    WireError,
-    chain,
-    error_feedback,
-    identity_codec,
-    matrix_view,
-    power_codec,
-    quantise,
-    report,
-    server_sketch_codec,
-    sketch_codec,
-    spectrum_codec,
-    svd_codec,
-    top_k,
-)
-from fedkd_jax.algorithms.feddropout import SubUpdate, sub_codec
-from fedkd_jax.codecs import encode, init_codec
-from fedkd_jax.types import Key, PyTree
-from fedkd_jax.wire import deserialise, serialise, template
 from sims import common, hardware
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "bias": (20,),
-    "conv": (3, 3, 4, 8),
-    "dense": (24, 20),
-    "gain": (),
-    "layers": (3, 12, 10),
-}
-Update = dict[str, np.ndarray]
-
-
-# ---- messages of every codec -------------------------------------------------------------------------------------------
-
-
-def make_update(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Update:
-    """An update whose matrices have ranks from 0 to full, each leaf of a scale of its own.
-
-    >>> make_update(0)["conv"].shape
-    (3, 3, 4, 8)
-    """
-    rng, out = np.random.default_rng(seed), {}
-    for name, shape in shapes.items():
-        x = rng.normal(size=shape)
-        if len(shape) >= 2:
-            *rest, m, n = shape if name == "layers" else (int(np.prod(shape[:-1])), shape[-1])
-            ranks = rng.integers(0, min(m, n) + 1, size=rest or [1])
-            made = [rng.normal(size=(m, r)) @ rng.normal(size=(r, n)) for r in ranks]
-            x = (np.stack(made) + rng.choice([0.0, 1e-3, 1.0]) * rng.normal(size=(len(made), m, n))).reshape(shape)
-        out[name] = np.asarray(x * 10.0 ** rng.integers(-6, 4), np.float32)
-    return out
-
-
-class Sender(NamedTuple):
-    """How an update becomes a payload, and what the payload decodes to.
-
-    >>> Sender.of(identity_codec()).encode(make_update(0), jax.random.key(0)).content["gain"].shape
-    ()
-    """
-
-    encode: Callable[[Update, Key], Payload]
-    decode: Callable[[Payload], PyTree]
-
-    @classmethod
-    def of(cls, codec: Codec, before: Callable[[Update, Key], PyTree] = lambda update, key: update) -> "Sender":
-        """Of a codec, with the state it begins with; `before` makes of an update what it encodes.
-
-        >>> double = Sender.of(identity_codec(), lambda update, key: jax.tree.map(lambda x: 2 * x, update))
-        >>> float(double.encode({"w": jnp.ones(())}, jax.random.key(0)).content["w"])
-        2.0
-        """
-
-        def run(update: Update, key: Key) -> Payload:
-            made = before(update, key)
-            return encode(codec, made, 0, key, init_codec(codec, made))[0]
-
-        return cls(run, codec.decode)
-
-
-def _stacked(path: str, leaf):
-    return matrix_view(leaf.shape, stack=1 if path == "layers" else 0)
-
-
-def _narrow(update: Update, key: Key) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), update)
-
-
-def _some(update: Update, key: Key) -> SubUpdate:
-    kept = jax.tree.map(lambda x: jax.random.bernoulli(key, 0.7, x.shape), update)
-    return SubUpdate(update=jax.tree.map(lambda x, on: jnp.where(on, x, 0), update, kept), kept=kept)
-
-
-def _sketched(update: Update, key: Key) -> PyTree:
-    up = sketch_codec(3, 50)
-    return up.decode(up.encode(update, 0, key))
-
-
-SENDERS: dict[str, Callable[[], Sender]] = {
-    "raw": lambda: Sender.of(identity_codec()),
-    "svd": lambda: Sender.of(svd_codec(0.9)),
-    "svd, stacked, warm": lambda: Sender.of(svd_codec(0.9, view=_stacked, method="randomized", warm_start=True)),
-    "svd, bfloat16": lambda: Sender.of(svd_codec(0.9, view=_stacked), _narrow),
-    **{f"{b} bits": functools.partial(lambda b: Sender.of(quantise(b)), b) for b in (2, 3, 8, 11, 16)},
-    "5 bits, bfloat16": lambda: Sender.of(quantise(5), _narrow),
-    "svd, 8 bits": lambda: Sender.of(chain(svd_codec(0.9, view=_stacked), quantise(8))),
-    "power": lambda: Sender.of(power_codec(2, view=_stacked)),
-    "power, 5 bits": lambda: Sender.of(error_feedback(chain(power_codec(2), quantise(5)))),
-    "top": lambda: Sender.of(error_feedback(top_k(0.2))),
-    "top, most": lambda: Sender.of(top_k(0.7)),
-    "top, 8 bits": lambda: Sender.of(chain(top_k(0.2), quantise(8))),
-    "top, most, 8 bits": lambda: Sender.of(chain(top_k(0.7), quantise(8))),
-    "sketch": lambda: Sender.of(sketch_codec(3, 50)),
-    "sketch down": lambda: Sender.of(server_sketch_codec(3, 50, 0.1), _sketched),
-    "spectrum": lambda: Sender.of(spectrum_codec(svd_codec(0.9))),
-    "dropout": lambda: Sender.of(sub_codec(), _some),
-}
-
-
-def messages(names: list[str] | None = None, seed: int = 0) -> list[tuple[bytes, Payload]]:
-    """A message of each codec, and its template.
-
-    >>> [(message, _)] = messages(["8 bits"])
-    >>> len(message)
-    1186
-    """
-    update, key, out = make_update(seed), jax.random.key(seed), []
-    for name in SENDERS if names is None else names:
-        payload = jax.jit(SENDERS[name]().encode)(update, key)
-        out.append((serialise(payload), template(payload)))
-    return out
-
-
-# ---- targets -----------------------------------------------------------------------------------------------------------
+Change = Callable[[random.Random, bytes, bytes], bytes]  # (rng, input, another one) -> input
 
 
 class Target(NamedTuple):
@@ -168,54 +49,13 @@ class Target(NamedTuple):
     valid: list[bytes]  # what inputs are made of
     read: Callable[
         [int, bytes], object
-    ]  # (of which valid one, the input); AssertionError where it reads what it must not
+    ]  # (of which valid one, the input); an AssertionError where it reads what it must not
     errors: tuple[type[Exception], ...]  # that it documents
-
-
-def wire(names: list[str] | None = None) -> Target:
-    """`deserialise`, of whose results `serialise` must make the input again.
-
-    >>> target = wire(["8 bits"])
-    >>> target.read(0, target.valid[0]).ranks
-    {}
-    """
-    made = messages(names)
-
-    def read(i: int, data: bytes) -> Payload:
-        payload = deserialise(data, made[i][1])
-        assert serialise(payload) == data, "it reads what nobody writes"
-        return payload
-
-    return Target([message for message, _ in made], read, (WireError,))
-
-
-def sealed(names: list[str] | None = None) -> Target:
-    """`Channel.open` of messages that were all opened before: every input is changed or a replay.
-
-    >>> target = sealed(["8 bits"])
-    >>> target.read(0, target.valid[0])
-    Traceback (most recent call last):
-    fedkd_jax.wire.WireError: message has number 0 of client 0's up; allowed: 1 and more, it was opened or a later one was
-    """
-    ends = {side: Channel(bytes(range(32)), run=bytes(16), client=0, side=side) for side in ("client", "server")}
-    valid = [ends["client"].seal(message, 5) for message, _ in messages(names)]
-    for message in valid:
-        ends["server"].open(message, 5)
-
-    def read(i: int, data: bytes) -> None:
-        ends["server"].open(data, 5)
-        raise AssertionError("it opens a message that is not the next")
-
-    return Target(valid, read, (WireError,))
-
-
-TARGETS: dict[str, Callable[[], Target]] = {"wire": wire, "sealed": sealed}
+    kinds: Mapping[str, Change] = {}  # of its own, beside `KINDS`
+    readable: bool = True  # whether it reads valid ones; it does not where every input is a replay
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------------
-
-
-WORDS = (b"\x00", b"\x7f", b"\x80", b"\xff", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\xff" * 4, b"\x00" * 8)
 
 
 def _flipped(rng: random.Random, data: bytes, other: bytes) -> bytes:
@@ -227,7 +67,7 @@ def _flipped(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 def _extreme(rng: random.Random, data: bytes, other: bytes) -> bytes:
     at = rng.randrange(len(data))
-    word = rng.choice(WORDS)
+    word = rng.choice((b"\x00", b"\x7f", b"\x80", b"\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\xff" * 4, b"\0" * 8))
     return data[:at] + word + data[at + len(word) :]
 
 
@@ -245,7 +85,88 @@ def _random_end(rng: random.Random, data: bytes, other: bytes) -> bytes:
     return data[:keep] + rng.randbytes(rng.choice((len(data) - keep, rng.randint(0, 2 * len(data)))))
 
 
-KINDS: dict[str, Callable[[random.Random, bytes, bytes], bytes]] = {
+def _lines(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    """A line less, twice, elsewhere, empty, or of another input."""
+    lines = data.split(b"\n")
+    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+    changed = {
+        "less": lambda: lines.pop(i),
+        "twice": lambda: lines.insert(j, lines[i]),
+        "elsewhere": lambda: lines.insert(j, lines.pop(i)),
+        "empty": lambda: lines.insert(i, b""),
+        "another": lambda: lines.insert(i, rng.choice(other.split(b"\n"))),
+    }
+    rng.choice(list(changed.values()))()
+    return rng.choice((b"\n", b"\n", b"\n", b"\r\n", b"\r")).join(lines)
+
+
+def _columns(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    """A column of a line less, twice, empty, or elsewhere."""
+    lines = data.split(b"\n")
+    i, by = rng.randrange(len(lines)), rng.choice((b"\t", b"|", b" ", b",", b":"))
+    cells = lines[i].split(by)
+    j = rng.randrange(len(cells))
+    cells = rng.choice(
+        (cells[:j] + cells[j + 1 :], cells + [cells[j]], cells[:j] + [b""] + cells[j + 1 :], cells[::-1])
+    )
+    return b"\n".join([*lines[:i], by.join(cells), *lines[i + 1 :]])
+
+
+NUMBERS = (
+    b"0",
+    b"-1",
+    b"1e999",
+    b"nan",
+    b".inf",
+    b"2147483648",
+    b"9223372036854775808",
+    b"1" * 5000,
+    b"0.5",
+    b"\xd9\xa3",
+    b"1_0",
+)
+
+
+def _numbers(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    places = list(re.finditer(rb"-?\d+(\.\d+)?", data))
+    if not places:
+        return data
+    place = rng.choice(places)
+    return data[: place.start()] + rng.choice(NUMBERS) + data[place.end() :]
+
+
+def _encoded(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    text = data.decode("utf-8", "replace")
+    return text.encode(rng.choice(("utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1", "cp037")), "replace")
+
+
+def _strange(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    """Something that text seldom has."""
+    words = (
+        b"\0",
+        b"\x1a",
+        b"\r",
+        b"\xef\xbb\xbf",
+        b"\xe2\x80\xa8",
+        b"\xc2\x85",
+        b"\xed\xa0\x80",
+        b'"',
+        b"'",
+        b"\\",
+        b"|",
+        b"\t",
+    )
+    at = rng.randrange(len(data))
+    return data[:at] + rng.choice(words) * rng.choice((1, 1, 3)) + data[at:]
+
+
+def _long_line(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    piece = rng.choice((data[at : at + 1], data[at : at + 9], b"[", b"{a: ", b"(", b" ", b"a", b"&a [*a, "))
+    return data[:at] + (piece or b"a") * rng.choice((100, 3000, 70_000 // max(len(piece), 1))) + data[at:]
+
+
+KINDS: dict[str, Change] = {
     "bits flipped": _flipped,
     "extreme bytes": _extreme,
     "cut short": lambda rng, data, other: data[: rng.randrange(len(data))],
@@ -253,61 +174,183 @@ KINDS: dict[str, Callable[[random.Random, bytes, bytes], bytes]] = {
     "spliced": _spliced,
     "random from some byte on": _random_end,
     "random": lambda rng, data, other: rng.randbytes(rng.randint(0, 2 * len(data))),
+    "lines": _lines,
+    "columns": _columns,
+    "numbers": _numbers,
+    "encoding": _encoded,
+    "strange characters": _strange,
+    "long line": _long_line,
 }
 
 
-def fuzz(target: Target, count: int, seed: int = 0, on_inputs: Callable[[int], None] = lambda done: None) -> list[dict]:
-    """Gives a reader `count` inputs, of every kind in turn; a row per kind, how many it was, how many were read and refused.
+def inputs(target: Target, count: int, seed: int = 0) -> Iterable[tuple[str, int, bytes]]:
+    """`count` inputs as (kind, of which valid one, bytes), of every kind in turn; some are changed twice.
 
-    Raises:
-        RuntimeError: an input that made anything but a documented error, which is the cause; the message has the input.
-
-    >>> fuzz(Target([b"12"], lambda i, data: int(data), (ValueError,)), 7)[2]
-    {'kind': 'cut short', 'inputs': 1, 'read': 1, 'refused': 0}
+    >>> [kind for kind, _, _ in inputs(Target([b"12"], int, ()), 3)]
+    ['bits flipped', 'extreme bytes', 'cut short']
     """
-    rng, kinds = random.Random(seed), list(KINDS)
-    rows = [{"kind": kind, "inputs": 0, "read": 0, "refused": 0} for kind in kinds]
+    rng, kinds = random.Random(seed), KINDS | dict(target.kinds)
     for i in range(count):
-        row, which = rows[i % len(kinds)], rng.randrange(len(target.valid))
-        data = KINDS[row["kind"]](rng, target.valid[which], rng.choice(target.valid))
-        row["inputs"] += 1
+        kind, which = list(kinds)[i % len(kinds)], rng.randrange(len(target.valid))
+        data = kinds[kind](rng, target.valid[which], rng.choice(target.valid))
+        if data and rng.random() < 0.2:
+            data = KINDS[rng.choice(list(KINDS))](rng, data, rng.choice(target.valid))
+        yield kind, which, data
+
+
+# ---- readers under them ------------------------------------------------------------------------------------------------
+
+
+class Counts(NamedTuple):
+    """What a reader did.
+
+    >>> Counts("idx", 2, 1, 1, [], 0.0).others
+    []
+    """
+
+    reader: str
+    inputs: int
+    read: int
+    refused: int
+    others: list[tuple[str, int, BaseException, bytes]]  # (kind, of which valid one, error, input)
+    slowest: float  # seconds of processor time
+
+
+def fuzz(
+    name: str,
+    target: Target,
+    count: int,
+    seed: int = 0,
+    on_inputs: Callable[[int], None] = lambda done: None,
+    seconds: float = 0,
+) -> Counts:
+    """Gives a reader `count` inputs.
+
+    Args:
+        name, target: the reader.
+        count, seed: of `inputs`.
+        on_inputs: is told, now and then, how many are done.
+        seconds: an input that takes more processor time is an error; 0 for no limit, as signals go to the main thread alone.
+
+    >>> counts = fuzz("int", Target([b"12"], lambda i, data: int(data), (ValueError,)), 700)
+    >>> counts.read + counts.refused, counts.others
+    (700, [])
+    """
+    read, refused, slowest, others = 0, 0, 0.0, []
+    for i, (kind, which, data) in enumerate(inputs(target, count, seed)):
+        began = time.process_time()
         try:
+            if seconds:
+                signal.setitimer(signal.ITIMER_PROF, seconds)
             target.read(which, data)
-            row["read"] += 1
+            read += 1
         except target.errors:
-            row["refused"] += 1
-        except Exception as error:
-            made = f"input {i} of seed {seed}, {row['kind']}, of valid input {which}: {data.hex()}"
-            raise RuntimeError(f"{made} made {error!r}; allowed: {[e.__name__ for e in target.errors]}") from error
-        if i % 1000 == 999:
+            refused += 1
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust's is no Exception
+            others.append((kind, which, error, data))
+        finally:
+            if seconds:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+        slowest = max(slowest, time.process_time() - began)
+        if i % 100 == 99:
             on_inputs(i + 1)
-    return rows
+    return Counts(name, count, read, refused, others, slowest)
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Runs one target under a progress bar and prints the table; ends with status 1 where an input breaks the reader."""
-    parser = argparse.ArgumentParser(prog="python -m sims.fuzz", description="A reader under hostile input.")
-    parser.add_argument("target", choices=list(TARGETS))
-    parser.add_argument("--count", type=int, default=100_000, help="inputs (100,000)")
+def _too_slow(*_):
+    raise TooSlow("the input takes too long")
+
+
+class TooSlow(BaseException):
+    """No reader documents it, and none may catch it.
+
+    >>> issubclass(TooSlow, Exception)
+    False
+    """
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, str]]:
+    """Runs the readers under a progress bar and prints the table; ends with status 1 where an input breaks one."""
+    from sims import fuzz_messages, fuzz_readers
+
+    TARGETS = fuzz_readers.TARGETS | fuzz_messages.TARGETS
+    parser = argparse.ArgumentParser(prog="python -m sims.fuzz", description="Readers under hostile input.")
+    parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(TARGETS)}; all by default")
+    parser.add_argument("--count", type=int, default=10_000, help="inputs for each reader (10,000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/fuzz"), help="where inputs are kept (runs/fuzz)"
+    )
+    parser.add_argument("--memory", type=float, default=2.0, help="GB more than at the start (2)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of processor time for an input (10)")
+    parser.add_argument("--replay", type=pathlib.Path, help="a kept input, of the one READER given")
     options = parser.parse_args(argv)
+    with common.one_line_errors():
+        unknown = [name for name in options.readers if name not in TARGETS]
+        if unknown or (options.replay and len(options.readers) != 1):
+            raise ValueError(f"READER is {options.readers}; allowed: some of {', '.join(TARGETS)}, one for --replay")
+    options.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_disable_most_optimizations", True)  # it compiles more than it computes
-    target = TARGETS[options.target]()
+    if options.replay:
+        ((name, make),) = ((name, TARGETS[name]) for name in options.readers)
+        which = int(options.replay.stem.split("-")[1])
+        print(make(options.out / f"{name}.now").read(which, options.replay.read_bytes()))
+        return []
+    rows, broken = [], collections.Counter()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    before, began = hardware.peak_memory_bytes(), time.perf_counter()
+    faulthandler.enable()
+    signal.signal(signal.SIGPROF, _too_slow)
+    began = time.perf_counter()
     with Progress(*columns, console=common.console) as progress:
-        task = progress.add_task(options.target, total=options.count)
-        try:
-            rows = fuzz(target, options.count, options.seed, lambda done: progress.update(task, completed=done))
-        except RuntimeError as error:
-            sys.exit(f"error: {error}")
-        progress.update(task, completed=options.count)
-    seconds, grown = time.perf_counter() - began, hardware.peak_memory_bytes() - before
-    shown = [{key: value if isinstance(value, str) else f"{value:,}" for key, value in row.items()} for row in rows]
-    title = f"{options.target}: {options.count:,} inputs in {seconds:.0f} s, seed {options.seed}"
-    common.console.print(common.make_table(shown, title))
-    common.console.print(f"nothing but documented errors; peak memory grew by {report.human_bytes(grown)}")
+        for name in options.readers or TARGETS:
+            now = options.out / f"{name}.now"
+            target, task = TARGETS[name](now), progress.add_task(name, total=options.count)
+            for i, valid in enumerate(target.valid if target.readable else ()):
+                target.read(i, valid)
+            before, start = hardware.peak_memory_bytes(), time.perf_counter()
+            _limit_memory(options.memory)
+            told = lambda done, task=task: progress.update(task, completed=done)  # noqa: E731
+            counts = fuzz(name, target, options.count, options.seed, told, options.seconds)
+            progress.update(task, completed=options.count)
+            for i, (kind, which, error, data) in enumerate(counts.others):
+                said = f"{type(error).__name__}: {error}".split("\n")[0][:120]
+                broken[f"{name}: {said}"] += 1
+                if broken[f"{name}: {said}"] <= 3:
+                    (options.out / f"{name}-{which}-{i}.bin").write_bytes(data)
+                    common.console.print(f"{name}-{which}-{i}.bin, {kind}: {said}", markup=False)
+            grown = (hardware.peak_memory_bytes() - before) / 2**20
+            rows.append(
+                {
+                    "reader": name,
+                    "inputs": f"{counts.inputs:,}",
+                    "read": f"{counts.read:,}",
+                    "refused": f"{counts.refused:,}",
+                    "others": f"{len(counts.others):,}",
+                    "slowest ms": f"{1000 * counts.slowest:.0f}",
+                    "peak MB": f"{grown:.0f}",
+                    "s": f"{time.perf_counter() - start:.0f}",
+                }
+            )
+            now.unlink(missing_ok=True)
+            common.console.print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    total = options.count * len(rows)
+    title = f"{total:,} inputs in {time.perf_counter() - began:.0f} s, seed {options.seed}"
+    common.console.print(common.make_table(rows, title))
+    if broken:
+        sys.exit(f"error: {sum(broken.values())} inputs made other errors than are documented; see {options.out}")
+    common.console.print("nothing but documented errors")
     return rows
+
+
+def _limit_memory(gigabytes: float) -> None:
+    """So many more than now; what goes beyond is a MemoryError."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        size = int(re.search(r"VmSize:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(gigabytes * 2**30), most))
 
 
 if __name__ == "__main__":

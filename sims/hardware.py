@@ -115,7 +115,7 @@ def start_processes(processes: str | None) -> None:
         jax.distributed.initialize()
         return
     parts = processes.split(",")
-    if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
+    if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdecimal() and parts[2].isdecimal()):
         raise ValueError(f"processes is {processes!r}; allowed: 'auto' or 'HOST:PORT,COUNT,INDEX'")
     jax.distributed.initialize(parts[0], num_processes=int(parts[1]), process_id=int(parts[2]))
 

@@ -25,6 +25,7 @@ def read_runs(folder: pathlib.Path) -> dict[str, list[list[Record]]]:
 
     Raises:
         FileNotFoundError: there is none, or one of an earlier version.
+        ValueError: a line of its records that is none.
 
     >>> try: read_runs(pathlib.Path("nowhere"))
     ... except FileNotFoundError as error: print(str(error).split(",")[0])
@@ -33,8 +34,9 @@ def read_runs(folder: pathlib.Path) -> dict[str, list[list[Record]]]:
     runs: dict[str, dict[int, list[Record]]] = {}
     paths = [path for name in ("results.jsonl", "metrics.jsonl") if (path := folder / name).exists()]
     records = common.read_jsonl(paths[0]) if paths else []
-    keys = {"method", "seed", "seconds"}
-    if not (folder / "table.csv").exists() or not records or not all(keys <= record.keys() for record in records):
+    keys = {"method": str, "seed": int, "seconds": int | float}
+    whole = all(isinstance(record.get(key), kind) for record in records for key, kind in keys.items())
+    if not (folder / "table.csv").exists() or not records or not whole:
         allowed = (
             "the folder of a run that is finished, with table.csv and results.jsonl or metrics.jsonl of this version"
         )
@@ -206,13 +208,19 @@ def spectrum(folder: pathlib.Path, config: Experiment) -> Section:
 def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
     """Rows of strings.
 
+    Raises:
+        ValueError: no table.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
     ...     _ = (path := pathlib.Path(where) / "a.csv").write_text("a,b\\n1,x"); read_csv(path)
     [{'a': '1', 'b': 'x'}]
     """
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; allowed: a table as a program of sims wrote it") from error
 
 
 def section_of(folder: pathlib.Path) -> Section:

@@ -236,7 +236,7 @@ def test_take_clients_shares_the_flat_arrays_and_takes_a_scalar():
 @pytest.mark.parametrize(
     ("clients", "words"),
     [
-        ([np.array([0, 5])], r"clients\[0\] holds index 0..5; allowed are 0..4"),
+        ([np.array([0, 5])], r"clients\[0\] holds index 0..5; allowed: 0..4"),
         ([np.array([0]), np.array([-1])], r"clients\[1\] holds index -1..-1"),
         ([np.array([0.5])], "float64"),
         ([np.array([], int)] * 3, "3 clients without any example"),

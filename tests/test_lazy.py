@@ -109,8 +109,8 @@ def test_alpha_and_beta_say_how_much_clients_differ():
     [
         ({"clients": 0}, "clients is 0; allowed: 1 to 2147483645"),
         ({"clients": 2**31}, "clients is 2147483648; allowed: 1 to 2147483645"),
-        ({"alpha": -1.0}, r"alpha is -1.0; allowed: 0 or more"),
-        ({"beta": -0.5}, r"beta is -0.5; allowed: 0 or more"),
+        ({"alpha": -1.0}, r"alpha is -1.0; allowed: a number in \[0, inf\)"),
+        ({"beta": -0.5}, r"beta is -0.5; allowed: a number in \[0, inf\)"),
         ({"counts": (0, 4)}, r"counts is \(0, 4\); allowed"),
         ({"counts": (5, 4)}, r"counts is \(5, 4\); allowed"),
     ],

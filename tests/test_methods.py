@@ -258,7 +258,7 @@ def test_fml_without_each_other_is_fedavg_beside_local_training():
 def test_arguments_out_of_range_are_told():
     sgd = optax.sgd(0.1)
     cases = [
-        (r"mu is -1; allowed: 0 or more", lambda: fedprox(MODEL, mu=-1, optimizer=sgd, batch=4)),
+        (r"mu is -1; allowed: a number in \[0, inf\)", lambda: fedprox(MODEL, mu=-1, optimizer=sgd, batch=4)),
         (r"reset_optimizer is False", lambda: fedprox(MODEL, mu=1, optimizer=sgd, batch=4, reset_optimizer=False)),
         (r"learning_rate is 0; allowed", lambda: scaffold(MODEL, learning_rate=0, batch=4)),
         (r"participation is 2; allowed", lambda: scaffold(MODEL, learning_rate=0.1, participation=2, batch=4)),

@@ -273,11 +273,14 @@ def test_groups_change_nothing_but_the_order_of_a_sum(group, participation):
 
 def test_what_is_refused():
     for make, message in (
-        (lambda: available_with(0.0), r"probability is 0.0; allowed: in \(0, 1\]"),
-        (lambda: available_by(np.zeros((2, 3))), r"trace has shape \(2, 3\), 0 true; allowed: \[T, G\], some true"),
-        (lambda: unreliable(dropout=1.5), r"dropout is 1.5; allowed: in \[0, 1\]"),
-        (lambda: unreliable(least=0.0), r"least is 0.0; allowed: in \(0, 1\]"),
-        (lambda: unreliable(spread=-1.0), "spread is -1.0; allowed: 0 or more"),
+        (lambda: available_with(0.0), r"probability is 0.0; allowed: a number in \(0, 1\]"),
+        (
+            lambda: available_by(np.zeros((2, 3), bool)),
+            r"trace is bool\[2, 3\], 0 true; allowed: bool\[T, G\], some true",
+        ),
+        (lambda: unreliable(dropout=1.5), r"dropout is 1.5; allowed: a number in \[0, 1\]"),
+        (lambda: unreliable(least=0.0), r"least is 0.0; allowed: a number in \(0, 1\]"),
+        (lambda: unreliable(spread=-1.0), r"spread is -1.0; allowed: a number in \[0, inf\)"),
         (lambda: Participation(first=0), "first is 0; allowed: at least 1"),
         (lambda: run(participation=Participation(first=4)), "first is 4; allowed: 1 to the cohort, 3"),
         (lambda: run(participation=Participation(strata=2)), "strata is 2; allowed: a divisor of the population, 5"),

@@ -87,7 +87,7 @@ def test_no_round_costs_nothing_and_no_noise_everything():
     [
         ((-1.0, 2, 10, 1), "noise_multiplier is -1.0"),
         ((float("nan"), 2, 10, 1), "noise_multiplier is nan"),
-        ((1.0, 11, 10, 1), "cohort is 11; allowed: 1 to population, 10"),
+        ((1.0, 11, 10, 1), "cohort is 11; allowed: 1 to 10"),
         ((1.0, 2, 10, -1), "rounds is -1"),
         ((1.0, 2, 10, 1, 0.0), "delta is 0.0"),
     ],

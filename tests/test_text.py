@@ -480,7 +480,7 @@ def test_other_texts_share_the_vocabulary_or_say_why_not():
         characters(["axy"], 4, vocabulary="abc")
     with pytest.raises(ValueError, match="vocabulary is 'aba'; allowed: distinct"):
         characters(["a"], 4, vocabulary="aba")
-    with pytest.raises(ValueError, match="length is 0; allowed: 1 or more"):
+    with pytest.raises(ValueError, match="length is 0; allowed: at least 1"):
         characters(["a"], 0)
 
 

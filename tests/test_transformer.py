@@ -295,7 +295,7 @@ def test_one_encoder_of_floating_point_weights_is_wanted(tmp_path):
     word = "embeddings.word_embeddings.weight"
     for other, match in [
         ({f"news.{name}": x for name, x in tensors.items()}, r"has several encoders, '' and 'news\.'; allowed: one"),
-        ({word: tensors[word].astype(np.int8)}, rf"{word} in .* has dtype int8; allowed: floating-point"),
+        ({word: tensors[word].astype(np.int8)}, rf"{word} in .* has dtype I8; allowed: floating-point"),
     ]:
         safetensors.save_file(tensors | other, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=match):

@@ -10,8 +10,9 @@ from jaxtyping import Int
 
 from fedkd_jax.aggregate import all_finite
 from fedkd_jax.algorithms.fedavg import init_shared, task_step
+from fedkd_jax.check import check_type
 from fedkd_jax.cohort import client_key
-from fedkd_jax.local import local_steps
+from fedkd_jax.local import check_local, local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params
 from fedkd_jax.parallel import Layout
@@ -77,10 +78,16 @@ def centralised(
     Returns:
         An `Algorithm` that predicts with "model". A round whose result is not finite changes nothing.
 
+    Raises:
+        TypeError, ValueError: as `fedavg`.
+
     >>> from fedkd_jax import mlp
     >>> sorted(centralised(mlp((64, 32, 10)), optimizer=optax.sgd(0.1), batch=10).predict)
     ['model']
     """
+
+    check_local(batch=batch, epochs=epochs, steps=steps, loss_fn=loss_fn, optimizer=optimizer)
+    check_type("layout", layout, (Layout, type(None)))
 
     def round(
         server: ServerState,

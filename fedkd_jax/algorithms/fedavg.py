@@ -12,7 +12,7 @@ import optax
 
 from fedkd_jax.aggregate import example_weight
 from fedkd_jax.codecs import init_codec
-from fedkd_jax.local import local_steps
+from fedkd_jax.local import check_local, local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
@@ -115,11 +115,16 @@ def fedavg(
     Returns:
         An `Algorithm` that predicts with "model".
 
+    Raises:
+        TypeError: no model, optimiser, codec or function where there should be one.
+        ValueError: `batch`, `epochs` or `steps` below 1.
+
     >>> from fedkd_jax import mlp
     >>> algorithm = fedavg(mlp((64, 32, 10)), optimizer=optax.sgd(0.1), batch=10)
     >>> algorithm.init_clients(jax.random.key(0), jnp.arange(3))
     ClientState(teacher=(), projection=(), teacher_opt=(), projection_opt=(), student_opt=(), codec=(), control=())
     """
+    check_local(batch=batch, epochs=epochs, steps=steps, loss_fn=loss_fn, optimizer=optimizer)
     server_optimizer = server_optimizer or optax.sgd(1.0)
 
     def init_clients(key: Key, ids: Array) -> ClientState:

@@ -20,8 +20,9 @@ import optax
 
 from fedkd_jax.aggregate import example_weight
 from fedkd_jax.algorithms.fedavg import init_shared, task_step
+from fedkd_jax.check import check_fn, check_number, check_type
 from fedkd_jax.codecs.base import check_size
-from fedkd_jax.local import local_steps
+from fedkd_jax.local import check_local, local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout
@@ -74,8 +75,7 @@ def keep_units(share: Number) -> SubModel:
     >>> {name: int(x.sum()) for name, x in kept["dense_0"].items()}, int(kept["dense_1"]["kernel"].sum())
     ({'bias': 3, 'kernel': 12}, 6)
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; allowed: a share of the units in (0, 1]")
+    check_number("share", share, "(0, 1]")
 
     def units(key: Key, shape: tuple[int, ...]) -> Array:
         first = jnp.arange(shape[-1]) < math.ceil(round(share * shape[-1], 6))
@@ -201,14 +201,18 @@ def feddropout(
         An `Algorithm` that predicts with "model", the whole one.
 
     Raises:
-        ValueError: a model in which `sub_model` finds no units; an aggregator with noise, which hides updates but not how many
-            clients each weight's mean is of.
+        TypeError: as `fedavg`.
+        ValueError: a model in which `sub_model` finds no units; `batch`, `epochs` or `steps` below 1; an aggregator with noise,
+            which hides updates but not how many clients each weight's mean is of.
 
     >>> from fedkd_jax import mlp
     >>> algorithm = feddropout(mlp((64, 32, 10)), sub_model=keep_units(0.75), optimizer=optax.sgd(0.1), batch=10)
     >>> sorted(algorithm.predict)
     ['model']
     """
+    check_type("model", model, Model)
+    check_fn("sub_model", sub_model, "(key, parameters) -> kept, keep_units(0.5) say")
+    check_local(batch=batch, epochs=epochs, steps=steps, loss_fn=loss_fn, optimizer=optimizer)
     server_optimizer, codec = server_optimizer or optax.sgd(1.0), sub_codec()
     key = jax.random.key(0)
     jax.eval_shape(lambda: sub_model(key, split_params(model, model.init(key))[0]))  # a model without units is told now

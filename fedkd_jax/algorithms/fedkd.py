@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import optax
 
 from fedkd_jax.aggregate import example_weight
+from fedkd_jax.check import check_type
 from fedkd_jax.codecs import init_codec
 from fedkd_jax.cohort import client_key
-from fedkd_jax.local import local_steps
+from fedkd_jax.local import check_local, local_steps
 from fedkd_jax.losses import layer_map, mutual_distillation
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
@@ -167,10 +168,11 @@ def fedkd(
         An `Algorithm` that predicts with "teacher" (the client's own) and "student" (shared).
 
     Raises:
-        ValueError: a student with more layers than the teacher, `message="gradient"` with `steps` other than 1, an
-            unknown `message`, `teacher_dtype` or `moments_dtype`, no `example` where it is needed, `share_frozen` of models
-            whose frozen parameters differ in structure or shape, hidden shapes that cannot be compared (when the round is
-            traced).
+        TypeError: no model, optimiser, codec or function where there should be one.
+        ValueError: `batch`, `epochs` or `steps` below 1, a student with more layers than the teacher, `message="gradient"`
+            with `steps` other than 1, an unknown `message`, `teacher_dtype` or `moments_dtype`, no `example` where it is
+            needed, `share_frozen` of models whose frozen parameters differ in structure or shape, hidden shapes that cannot
+            be compared (when the round is traced).
 
     Reference: https://doi.org/10.1038/s41467-022-29763-x. Differences: README.
 
@@ -182,12 +184,23 @@ def fedkd(
     >>> clients.teacher["dense_0"]["kernel"].shape, clients.projection[0].shape
     ((3, 64, 32), (3, 16, 32))
     """
+    for name, model in (("teacher", teacher), ("student", student)):
+        check_type(name, model, Model, "a Model, mlp((64, 10)) say")
+    projection_optimizer = teacher_optimizer if projection_optimizer is None else projection_optimizer
+    check_local(
+        batch=batch,
+        epochs=epochs,
+        steps=steps,
+        loss_fn=loss_fn,
+        teacher_optimizer=teacher_optimizer,
+        student_optimizer=student_optimizer,
+        projection_optimizer=projection_optimizer,
+    )
     if message == "gradient" and steps != 1:
         raise ValueError(
             f"steps is {steps} with message='gradient'; allowed: 1 (Algorithm 1 sends one step's gradient)"
         )
     check_rest(teacher_dtype=teacher_dtype, moments_dtype=moments_dtype)
-    projection_optimizer = projection_optimizer or teacher_optimizer
     if message == "gradient":
         server_optimizer = server_optimizer or student_optimizer
     server_optimizer = server_optimizer or optax.sgd(1.0)

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from fedkd_jax.algorithms.fedavg import fedavg
+from fedkd_jax.check import check_number, check_type
 from fedkd_jax.types import Algorithm, Model, Number
 
 
@@ -48,8 +49,8 @@ def fedprox(model: Model, *, mu: Number, optimizer: optax.GradientTransformation
     >>> sorted(algorithm.predict)
     ['model']
     """
-    if not mu >= 0:
-        raise ValueError(f"mu is {mu}; allowed: 0 or more")
+    check_number("mu", mu, "[0, inf)")
+    check_type("optimizer", optimizer, optax.GradientTransformation)
     if not options.pop("reset_optimizer", True):
         raise ValueError("reset_optimizer is False; allowed: True, as the proximal term is that of one round")
     return fedavg(model, optimizer=optax.chain(proximal(mu), optimizer), **options)

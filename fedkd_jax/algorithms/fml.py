@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedkd_jax.algorithms.fedkd import fedkd
+from fedkd_jax.check import check_number
 from fedkd_jax.losses import answered, cross_entropy, kl_divergence
 from fedkd_jax.types import Algorithm, LossTerms, Model, Number, Outputs
 
@@ -61,7 +62,6 @@ def fml(teacher: Model, student: Model, *, alpha: Number = 0.5, beta: Number = 0
     ['student', 'teacher']
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; allowed: 0 to 1")
+        check_number(name, value, "[0, 1]")
     loss_fn = functools.partial(mutual_learning, alpha=alpha, beta=beta)
     return fedkd(teacher, student, loss_fn=loss_fn, project=False, **options)

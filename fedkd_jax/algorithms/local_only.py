@@ -9,7 +9,7 @@ import optax
 
 from fedkd_jax.algorithms.fedavg import task_step
 from fedkd_jax.cohort import client_key
-from fedkd_jax.local import local_steps
+from fedkd_jax.local import check_local, local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
@@ -47,6 +47,7 @@ def local_only(
         An `Algorithm` that predicts with "model", the client's own.
 
     Raises:
+        TypeError, ValueError: as `fedavg`.
         ValueError: a `teacher_dtype` or `moments_dtype` that is neither float32 nor bfloat16.
 
     >>> from fedkd_jax import mlp
@@ -54,6 +55,7 @@ def local_only(
     >>> algorithm.init_clients(jax.random.key(0), jnp.arange(3)).teacher["dense_1"]["bias"].shape
     (3, 10)
     """
+    check_local(batch=batch, epochs=epochs, steps=steps, loss_fn=loss_fn, optimizer=optimizer)
     check_rest(teacher_dtype=teacher_dtype, moments_dtype=moments_dtype)
 
     def init_server(key: Key) -> ServerState:

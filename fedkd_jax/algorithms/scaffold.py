@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from fedkd_jax.algorithms.fedavg import task_step
+from fedkd_jax.check import check_number
 from fedkd_jax.codecs import init_codec
-from fedkd_jax.local import count_steps, local_steps
+from fedkd_jax.local import check_local, count_steps, local_steps
 from fedkd_jax.losses import cross_entropy, task_terms
 from fedkd_jax.models import Predictor, merge_params, split_params
 from fedkd_jax.parallel import Layout, map_clients
@@ -77,6 +78,7 @@ def scaffold(
         `ClientState.control`.
 
     Raises:
+        TypeError, ValueError: as `fedavg`.
         ValueError: a learning rate that is not above 0, a participation outside (0, 1].
 
     >>> from fedkd_jax import mlp
@@ -84,10 +86,9 @@ def scaffold(
     >>> sorted(algorithm.init_server(jax.random.key(0)).params)
     ['control', 'model']
     """
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}; allowed: a number above 0")
-    if not 0 < participation <= 1:
-        raise ValueError(f"participation is {participation}; allowed: a share of the clients in (0, 1]")
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    check_number("participation", participation, "(0, 1]")
+    check_local(batch=batch, epochs=epochs, steps=steps, loss_fn=loss_fn)
     kinds: dict[Hashable, Any] = {
         "model": server_optimizer or optax.sgd(1.0),
         "control": optax.sgd(float(participation)),

@@ -15,28 +15,37 @@ import optax
 from jaxtyping import Int
 
 from fedkd_jax.aggregate import weighted_sum
+from fedkd_jax.check import check_type
 from fedkd_jax.types import Array, Codec, Key, Leaf, Payload, PyTree
 
 
 def payload_floats(payload: Payload) -> Int[Array, ""]:
     """How many numbers a message holds, in the paper's count: K (m + n) + K^2 for factors, m n for a raw matrix; `[]` int32.
 
+    Raises:
+        TypeError: no `Payload`.
+
     >>> from fedkd_jax import svd_codec
     >>> codec = svd_codec(0.95)
     >>> int(payload_floats(codec.encode({"w": jnp.ones((30, 20)), "b": jnp.ones(20)}, 0, jax.random.key(0))))
     71
     """
+    check_type("payload", payload, Payload)
     return payload.floats
 
 
 def payload_bytes(payload: Payload) -> Int[Array, ""]:
     """How many bytes a real message needs; of factors 4 K (m + n) and 4 for K, of a raw matrix 4 m n; `[]` int32.
 
+    Raises:
+        TypeError: no `Payload`.
+
     >>> from fedkd_jax import svd_codec
     >>> codec = svd_codec(0.95)
     >>> int(payload_bytes(codec.encode({"w": jnp.ones((30, 20)), "b": jnp.ones(20)}, 0, jax.random.key(0))))
     284
     """
+    check_type("payload", payload, Payload)
     return payload.nbytes
 
 
@@ -95,6 +104,7 @@ def chain(first: Codec, *rest: Codec) -> Codec:
     errors of a whole chain, write `error_feedback(chain(...))`.
 
     Raises:
+        TypeError: something else than codecs.
         ValueError: one of `rest` cannot shorten another's message.
 
     >>> from fedkd_jax import quantise, svd_codec
@@ -105,7 +115,9 @@ def chain(first: Codec, *rest: Codec) -> Codec:
     204
     62
     """
+    check_type("first", first, Codec)
     for i, codec in enumerate(rest, 1):
+        check_type(f"codec {i} of the chain", codec, Codec)
         if codec.recode is None:
             raise ValueError(f"codec {i} of the chain has no recode; allowed after the first: quantise(...)")
 
@@ -142,6 +154,9 @@ def error_feedback(codec: Codec) -> Codec:
     server of a downlink, keeps an e of the size of an update. What arrives must be nearer to what was sent than 0
     is: of `quantise(2)` it is not, and e grows.
 
+    Raises:
+        TypeError: no codec.
+
     >>> from fedkd_jax import top_k
     >>> codec, update = error_feedback(top_k(0.5)), jnp.array([3.0, 2.0])
     >>> state = codec.init(update)
@@ -152,6 +167,7 @@ def error_feedback(codec: Codec) -> Codec:
     [0.0, 4.0] [3.0, 0.0]
     [6.0, 0.0] [0.0, 2.0]
     """
+    check_type("codec", codec, Codec)
 
     def init(update: PyTree) -> dict[str, PyTree]:
         return {"error": optax.tree.zeros_like(update), "codec": init_codec(codec, update)}
@@ -196,13 +212,18 @@ def named(tree: PyTree) -> dict[str, Any]:
 
 
 def check_size(leaves: Iterable[Array]) -> None:
-    """An update must not have more bytes than an int32 counts.
+    """An update is of arrays, and must not have more bytes than an int32 counts.
 
     Raises:
-        ValueError: it has.
+        TypeError: something else.
+        ValueError: too many bytes.
 
     >>> check_size([jnp.zeros(3)])
     """
+    leaves = list(leaves)
+    for leaf in leaves:
+        if not hasattr(leaf, "nbytes"):
+            raise TypeError(f"update has a leaf {leaf!r}; allowed: arrays")
     size = sum(x.nbytes for x in leaves)
     if size > jnp.iinfo(jnp.int32).max:
         raise ValueError(

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from fedkd_jax.aggregate import weighted_sum
+from fedkd_jax.check import check_fn, check_number
 from fedkd_jax.codecs.base import check_size, named
 from fedkd_jax.subspace import when
 from fedkd_jax.svd import (
+    METHODS,
     SMALL,
     MatrixView,
     choose_method,
@@ -98,7 +100,7 @@ def svd_codec(
             kept for every client.
 
     Raises:
-        ValueError: a constant threshold outside (0, 1].
+        ValueError: a constant threshold outside (0, 1], an unknown method.
 
     >>> from fedkd_jax import energy_threshold
     >>> codec = svd_codec(energy_threshold(0.95, 0.98, rounds=10))
@@ -107,8 +109,12 @@ def svd_codec(
     >>> int(payload.ranks["kernel"]), bool(jnp.allclose(codec.decode(payload)["kernel"], update["kernel"], atol=1e-4))
     (1, True)
     """
-    if not callable(threshold) and not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; allowed: a share of energy in (0, 1]")
+    if not callable(threshold):
+        check_number("threshold", threshold, "(0, 1]")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    check_fn("compressible", compressible, "(path, leaf) -> bool")
+    check_fn("view", view, "(path, leaf) -> MatrixView")
 
     def matrices_of(name: str, leaf: Array) -> Array | None:
         """`[b, m, n]` of a leaf that may travel as factors."""

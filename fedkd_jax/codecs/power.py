@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedkd_jax.check import check_fn, check_int
 from fedkd_jax.codecs.base import check_size, named
 from fedkd_jax.codecs.low_rank import compressible_by_rank, view_by_shape
 from fedkd_jax.svd import MatrixView
@@ -48,8 +49,9 @@ def power_codec(
     >>> bool(jnp.allclose(codec.decode(payload)["w"], update["w"], atol=1e-4)), int(payload.floats)
     (True, 20)
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; allowed: at least 1")
+    check_int("rank", rank)
+    check_fn("compressible", compressible, "(path, leaf) -> bool")
+    check_fn("view", view, "(path, leaf) -> MatrixView")
 
     def matrices_of(name: str, leaf: Array) -> Array | None:
         if not (jnp.issubdtype(leaf.dtype, jnp.floating) and compressible(name, leaf)):

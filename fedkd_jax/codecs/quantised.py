@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedkd_jax.check import check_int
 from fedkd_jax.codecs.base import raw_payload
 from fedkd_jax.types import Codec, Leaf, Payload, PyTree, record, static_field
 
@@ -47,8 +48,7 @@ def quantise(bits: int) -> Codec:
     >>> int(codec.encode(update, 0, jax.random.key(0)).nbytes)
     5
     """
-    if bits not in range(2, 17):
-        raise ValueError(f"bits is {bits}; allowed: 2 to 16")
+    check_int("bits", bits, 2, 16)
     most, kind = 2 ** (bits - 1) - 1, jnp.int8 if bits <= 8 else jnp.int16
 
     def one(x, key):

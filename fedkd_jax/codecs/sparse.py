@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int
 
 from fedkd_jax.aggregate import weighted_sum
+from fedkd_jax.check import check_int, check_number
 from fedkd_jax.codecs.base import check_size, raw_payload
 from fedkd_jax.types import Array, Codec, Leaf, Number, Payload, PyTree, record, static_field
 
@@ -75,7 +76,7 @@ def top_k(share: Number) -> Codec:
     >>> decoded["a"].tolist(), decoded["b"].tolist(), int(payload.nbytes)
     ([0.0, -3.0], [[2.0, 0.0, 0.0]], 16)
     """
-    _check_share(share)
+    check_number("share", share, "(0, 1]")
 
     def encode(update: PyTree, round, key) -> Payload:
         del round, key
@@ -84,11 +85,6 @@ def top_k(share: Number) -> Codec:
         return _sparse_payload(*_largest(flat, _count(share, flat.size)), like)
 
     return Codec(encode, _dense)
-
-
-def _check_share(share):
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; allowed: a share of the numbers in (0, 1]")
 
 
 # ---- count sketches ----------------------------------------------------------------------------------------------------
@@ -150,7 +146,7 @@ def sketch_codec(rows: int, columns: int, *, seed: int = 0) -> Codec:
     >>> codec.decode(payload).table.shape, int(payload.nbytes)
     ((3, 10), 120)
     """
-    _check_table(rows, columns)
+    _check_table(rows, columns, seed)
 
     def encode(update: PyTree, round, key) -> Payload:
         del round, key
@@ -180,10 +176,9 @@ def server_sketch_codec(rows: int, columns: int, share: Number, *, momentum: Num
     >>> bool(jnp.allclose(down.decode(payload)["w"], update["w"])), float(jnp.abs(state["error"]).max())
     (True, 0.0)
     """
-    _check_table(rows, columns)
-    _check_share(share)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is {momentum}; allowed: 0 up to 1, 1 excluded")
+    _check_table(rows, columns, seed)
+    check_number("share", share, "(0, 1]")
+    check_number("momentum", momentum, "[0, 1)")
 
     def init(update: PyTree) -> dict[str, Any]:
         del update
@@ -206,7 +201,7 @@ def server_sketch_codec(rows: int, columns: int, share: Number, *, momentum: Num
     return Codec(compress, _dense, init=init)
 
 
-def _check_table(rows, columns):
-    for name, value in (("rows", rows), ("columns", columns)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed: at least 1")
+def _check_table(rows, columns, seed):
+    check_int("rows", rows)
+    check_int("columns", columns)
+    check_int("seed", seed, 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.check import check_fn, check_type
 from fedkd_jax.codecs.base import encode, init_codec, named
 from fedkd_jax.codecs.low_rank import compressible_by_rank, view_by_shape
 from fedkd_jax.svd import MatrixView, truncated_svd
@@ -28,12 +29,18 @@ def spectrum_codec(
         codec: what makes the message.
         compressible, view: as in `svd_codec`: of which leaves, and as which matrices.
 
+    Raises:
+        TypeError: no codec, or no functions.
+
     >>> from fedkd_jax import identity_codec
     >>> codec, update = spectrum_codec(identity_codec()), {"w": jnp.diag(jnp.array([1.0, 3.0])), "b": jnp.ones(2)}
     >>> payload, state = codec.encode(update, 0, jax.random.key(0), codec.init(update))
     >>> {path: values.round(4).tolist() for path, values in state["spectrum"].items()}
     {'w': [[3.0, 1.0]]}
     """
+    check_type("codec", codec, Codec)
+    check_fn("compressible", compressible, "(path, leaf) -> bool")
+    check_fn("view", view, "(path, leaf) -> MatrixView")
 
     def singular_values(matrix: Array) -> Array:
         return truncated_svd(matrix, 1.0, method="svd").s  # no share exceeds 1: all of them

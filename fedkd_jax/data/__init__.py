@@ -6,6 +6,8 @@ Text first becomes words (`corpora`) and then integers (`tokens`).
 from fedkd_jax.data.corpora import Tagged, load_speeches, load_tagged
 from fedkd_jax.data.federated import (
     Examples,
+    check_data,
+    check_ids,
     client_parts,
     federate,
     join_parts,
@@ -39,6 +41,8 @@ __all__ = [
     "cached_texts",
     "cached_words",
     "characters",
+    "check_data",
+    "check_ids",
     "client_parts",
     "dirichlet",
     "encode_texts",

@@ -6,7 +6,9 @@ and registers the builders; `sources.load` does so on first use.
 """
 
 import gzip
+import math
 import pathlib
+import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,6 +17,7 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
+MOST_BYTES = 2**28  # of an idx file, unpacked
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -61,6 +64,11 @@ class LocalFashionMnist(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, images_path, labels_path):
         images, labels = read_idx(images_path), read_idx(labels_path)
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not len(labels) or labels.max() > 9:
+            raise ValueError(
+                f"{images_path} has shape {images.shape} and {labels_path} {labels.shape}; allowed: images [n, 28, 28] and "
+                "labels [n] of 0 to 9"
+            )
         for i, (image, label) in enumerate(zip(images[..., None], labels, strict=True)):
             yield i, {"image": image, "label": int(label)}
 
@@ -72,7 +80,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     data.
 
     Raises:
-      ValueError: the file is no gzip, cut short, or not an idx file of bytes.
+      ValueError: the file is no gzip, cut short or too long, or not an idx file of bytes, or of more than `MOST_BYTES`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -82,12 +90,19 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     array([5, 6, 7], dtype=uint8)
     """
     try:
-        raw = gzip.decompress(path.read_bytes())
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError(f"its first bytes are {raw[:3]!r}, not those of an idx file of uint8")
-        shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (EOFError, gzip.BadGzipFile, IndexError, ValueError) as error:
+        with gzip.open(path) as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\0\0\x08":
+                raise ValueError(f"its first bytes are {start!r}, not those of an idx file of uint8")
+            shape = np.frombuffer(file.read(4 * start[3]), ">i4", count=start[3]).tolist()
+            size = math.prod(shape)
+            if min(shape, default=-1) < 0 or size > MOST_BYTES:
+                raise ValueError(f"its shape is {shape}; allowed: 0 to {MOST_BYTES} bytes in all")
+            data = file.read(size + 1)  # no more: a small file may unpack to a huge one
+        if len(data) != size:
+            raise ValueError(f"it has {'more' if len(data) > size else len(data)} bytes for the shape {shape}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is damaged, copy it again: {error}") from error
 
 

@@ -20,7 +20,7 @@ def cache_folder(cache_dir: Folder = None) -> pathlib.Path:
     >>> cache_folder("mine").name
     'mine'
     """
-    return pathlib.Path(cache_dir or os.environ.get("FEDKD_CACHE_DIR") or "~/.cache/fedkd_jax").expanduser()
+    return pathlib.Path(os.path.expanduser(cache_dir or os.environ.get("FEDKD_CACHE_DIR") or "~/.cache/fedkd_jax"))
 
 
 def cached_arrays(

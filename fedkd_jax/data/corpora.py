@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from fedkd_jax.data.cache import Folder
-from fedkd_jax.data.sources import open_split, prepare_local
+from fedkd_jax.data.sources import prepare_local, read_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,12 @@ class Tagged:
     tags: list[np.ndarray]  # of each sentence [words] int32, indices into names
     names: tuple[str, ...]  # "O" first, then B- and I- of each type; the tags are valid IOB2
     natural: np.ndarray | None = None  # [n] the document of each sentence, where known
+
+    def __post_init__(self):
+        if [len(words) for words in self.words] != [len(tags) for tags in self.tags]:
+            raise ValueError("tags are of other sentences than words; allowed: one tag for each word")
+        if any(len(tags) and not 0 <= min(tags) <= max(tags) < len(self.names) for tags in self.tags):
+            raise ValueError(f"tags hold an index that names has not; allowed: 0 to {len(self.names) - 1}")
 
     def __len__(self) -> int:
         return len(self.words)
@@ -107,6 +113,5 @@ def load_speeches(*, data_dir: Folder = None, cache_dir: Folder = None, split: s
 
 
 def _columns(builder, split, names):
-    source = open_split(builder, split)
-    rows = source.__getitems__(range(len(source)))
+    rows = [row for block in read_blocks(builder, split) for row in block]
     return tuple([row[name] for row in rows] for name in names)

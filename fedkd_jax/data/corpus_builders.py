@@ -36,7 +36,7 @@ class AdeCorpusV2(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(*(folder / file for file in self.FILES))}
 
     def _generate_examples(self, relations, negatives):
-        for i, (text, label, document) in enumerate(read_ade(relations, negatives)):
+        for i, (text, label, document) in enumerate(_some(relations, read_ade(relations, negatives))):
             yield i, {"text": text, "label": label, "document": document}
 
 
@@ -60,7 +60,7 @@ class Psytar(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(folder / file) for split, file in self.FILES.items()}
 
     def _generate_examples(self, path):
-        for i, (text, label) in enumerate(read_psytar(path)):
+        for i, (text, label) in enumerate(_some(path, read_psytar(path))):
             yield i, {"text": text, "label": label}
 
 
@@ -108,7 +108,7 @@ class TaggedWords(tfds.core.GeneratorBasedBuilder):
             rows = [(*tag_spans(text, spans), document) for (document, text), spans in read_relations(path).items()]
         else:
             rows = [(words, tags, "") for words, tags in read_tagged(path, self.TYPES[name])]
-        for i, (words, tags, document) in enumerate(rows):
+        for i, (words, tags, document) in enumerate(_some(path, rows)):
             yield i, {"words": words, "tags": tags, "document": document}
 
 
@@ -131,8 +131,14 @@ class LocalTinyShakespeare(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(pathlib.Path(dl_manager.manual_dir, *self.FILES))}
 
     def _generate_examples(self, path):
-        for i, (speaker, text) in enumerate(read_speeches(path)):
+        for i, (speaker, text) in enumerate(_some(path, read_speeches(path))):
             yield i, {"speaker": speaker, "text": text}
+
+
+def _some(path, rows):
+    if not rows:  # of which tfds says less
+        raise ValueError(f"{path} holds no example; allowed: one or more")
+    return rows
 
 
 def _adr():

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.check import check_fn, check_int, check_number
 from fedkd_jax.cohort import client_key
+from fedkd_jax.data.federated import check_data, check_ids, flat_index
 from fedkd_jax.parallel import map_clients
 from fedkd_jax.types import ClientSource, FederatedData, Number, PyTree
 
@@ -20,14 +22,19 @@ MOST = 2**31 - 2  # ids are int32, and the last ones are not clients': see `roun
 def from_arrays(data: FederatedData) -> ClientSource:
     """The clients of a `FederatedData` whose flat arrays stay where they are, such as `numpy.load(file, mmap_mode="r")`.
 
+    Raises:
+        TypeError, ValueError: data that cannot be, see `check_data`; when used, ids out of range.
+
     >>> data = FederatedData(inputs=np.arange(6.0), labels=np.arange(6), start=np.array([0, 2]), count=np.array([2, 4]),
     ...                      max_count=4)
     >>> cohort = from_arrays(data).take(np.array([1, 0]))
     >>> cohort.labels.tolist(), cohort.start.tolist(), cohort.count.tolist()
     ([2, 3, 4, 5, 0, 1, 0, 0], [0, 4], [4, 2])
     """
+    check_data("data", data)
 
     def take(ids: np.ndarray) -> FederatedData:
+        ids = check_ids(ids, len(data.start))
         count = np.asarray(data.count)[ids].astype(np.int32)
         inside = np.arange(data.max_count) < count[:, None]
         rows = np.where(inside, np.asarray(data.start)[ids][:, None] + np.arange(data.max_count), 0)
@@ -48,18 +55,22 @@ def from_records(
         example_fn: `record -> (inputs, label)`, of a fixed shape.
 
     Raises:
-        ValueError: no client has an example.
+        TypeError: `example_fn` is no function, or `records` has no length.
+        ValueError: no client has an example, or one has a record that is not there; when used, ids out of range.
 
     >>> source = from_records([{"x": [0.5], "y": 3}, {"x": [2.5], "y": 4}], [np.array([1]), np.array([0, 1])],
     ...                       lambda r: (np.array(r["x"], np.float32), np.int32(r["y"])))
     >>> source.take(np.array([0, 1])).labels.tolist()
     [4, 0, 3, 4]
     """
+    check_fn("example_fn", example_fn, "record -> (inputs, label)")
+    flat_index(clients, len(records))
     most = max(map(len, clients), default=0)
     if not most:
         raise ValueError(f"clients holds {len(clients)} clients without any example; allowed: at least one with one")
 
     def take(ids: np.ndarray) -> FederatedData:
+        ids = check_ids(ids, len(clients))
         count = np.array([len(clients[i]) for i in ids], np.int32)
         numbers = [int(row) for i in ids for row in clients[i]]
         many = getattr(records, "__getitems__", None)
@@ -104,22 +115,30 @@ def synthetic(
         part: 0, 1, ...: other examples of the same clients, to test on.
 
     Raises:
-        ValueError: no client or too many, a negative variance, or counts that are no range from 1 up.
+        TypeError: sizes that are no integers.
+        ValueError: no client or too many, a negative variance, counts that are no range from 1 up, a size below 1; when used,
+            ids out of range.
 
     >>> source = synthetic(1_000_000, counts=(5, 9))
     >>> cohort = source.take(np.array([999_999, 3]))
     >>> cohort.inputs.shape, bool((cohort.count >= 5).all() and (cohort.count <= 9).all())
     ((18, 60), True)
     """
-    least, most = counts
-    for name, value, good, allowed in (
-        ("clients", clients, 1 <= clients < MOST, f"1 to {MOST - 1}"),
-        ("alpha", alpha, alpha >= 0, "0 or more"),
-        ("beta", beta, beta >= 0, "0 or more"),
-        ("counts", counts, 1 <= least <= most, "(least, most), 1 <= least <= most"),
+    check_int("clients", clients, 1, MOST - 1)
+    check_number("alpha", alpha, "[0, inf)")
+    check_number("beta", beta, "[0, inf)")
+    for name, value, lowest in (
+        ("features", features, 1),
+        ("classes", classes, 1),
+        ("seed", seed, 0),
+        ("part", part, 0),
     ):
-        if not good:
-            raise ValueError(f"{name} is {value}; allowed: {allowed}")
+        check_int(name, value, lowest)
+    if len(counts) != 2 or not 1 <= counts[0] <= counts[1]:
+        raise ValueError(f"counts is {counts}; allowed: (least, most), 1 <= least <= most")
+    for value in counts:
+        check_int("counts", value)
+    least, most = counts
 
     def one(client_id):
         shared, own = jax.random.split(client_key(jax.random.key(seed), 0, client_id))
@@ -140,7 +159,7 @@ def synthetic(
         return x.reshape(-1, features), y.reshape(-1), count
 
     def take(ids: np.ndarray) -> FederatedData:
-        x, y, count = make(jnp.asarray(ids, jnp.int32))
+        x, y, count = make(jnp.asarray(check_ids(ids, clients), jnp.int32))
         return _cohort(x, y, count, most)
 
     return ClientSource(clients=clients, take=take)

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from fedkd_jax.check import check_int
 from fedkd_jax.data.cache import Folder, cached_arrays
-from fedkd_jax.data.sources import prepare_local
+from fedkd_jax.data.sources import prepare_local, read_blocks
 
 SPLITS = ("train", "dev", "test")
 
@@ -142,8 +143,8 @@ def load_news(
 def _find(name_or_folder, data_dir):
     """The folder, and the folders in it by split."""
     data_dir = data_dir or os.environ.get("FEDKD_DATA_DIR")
-    name = pathlib.Path(name_or_folder).expanduser()
-    tried = [*([pathlib.Path(data_dir).expanduser() / name] if data_dir else []), name]
+    name = pathlib.Path(os.path.expanduser(name_or_folder))
+    tried = [*([pathlib.Path(os.path.expanduser(data_dir)) / name] if data_dir else []), name]
     for folder in tried:
         splits = _splits_in(folder)
         if splits:
@@ -182,8 +183,8 @@ def read_news(path: pathlib.Path) -> Iterator[dict[str, str]]:
     """The lines of a news.tsv: id, category, subcategory, title; abstract, url and two lists of entities may lack.
 
     Raises:
-      ValueError: a line has fewer than 4 columns, more than 8, no id, or is not UTF-8; or the file is empty. It names
-        the file and the line.
+      ValueError: a line has fewer than 4 columns, more than 8, no id, a NUL, or is not UTF-8; or the file is empty. It
+        names the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -205,8 +206,8 @@ def read_behaviors(path: pathlib.Path) -> Iterator[dict[str, str]]:
       user, history "N1 N2", candidates "N3 N4" and clicked, a character for each of them: "10", "--" without labels.
 
     Raises:
-      ValueError: a line has not 5 columns, no id, no user, no impressions, a label other than 0 and 1, or is not
-        UTF-8; or the file is empty. It names the file and the line.
+      ValueError: a line has not 5 columns, no id, no user or one of more than 256 characters, no impressions, a label other
+        than 0 and 1, a NUL, or is not UTF-8; or the file is empty. It names the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -219,11 +220,13 @@ def read_behaviors(path: pathlib.Path) -> Iterator[dict[str, str]]:
         user, shown = user.strip(), impressions.split()
         if not user or not shown:
             raise ValueError(f"{where}: has no {'impressions' if user else 'user'}")
+        if len(user) > 256:  # users become an array of the longest one's width
+            raise ValueError(f"{where}: user has {len(user)} characters; allowed: at most 256")
         labelled = "-" in shown[0]
         for entry in shown:
             if (entry[-2:] not in ("-0", "-1") or len(entry) < 3) if labelled else "-" in entry:
                 allowed = "ID-0 and ID-1" if labelled else "ID without a label, as the first has none"
-                raise ValueError(f"{where}: impression is {entry!r}; allowed: {allowed}")
+                raise ValueError(f"{where}: impression is {entry[:80]!r}; allowed: {allowed}")
         yield {
             "user": user,
             "history": " ".join(history.split()),
@@ -239,6 +242,8 @@ def _lines(path, least, most):
             if not line.strip(b"\r\n"):
                 continue
             where = f"{path}, line {number}"
+            if b"\0" in line:
+                raise ValueError(f"{where}: has a NUL; allowed: text in UTF-8")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -283,16 +288,10 @@ def _builder():
     return NewsTsv
 
 
-def _chunks(builder, split):
-    source = builder.as_data_source(split=split)
-    for start in range(0, len(source), 10_000):  # bounds the number of small objects alive at once
-        yield source.__getitems__(range(start, min(start + 10_000, len(source))))
-
-
 def _catalogue(builder, splits):
     """The columns of `News`, and {id as bytes: index}."""
     index, columns = {}, [[""] for _ in COLUMNS["news"]]
-    for row in itertools.chain.from_iterable(rows for split in splits for rows in _chunks(builder, split)):
+    for row in itertools.chain.from_iterable(rows for split in splits for rows in read_blocks(builder, split)):
         if row["id"] not in index:
             index[row["id"]] = len(index) + 1
             for column, name in zip(columns, COLUMNS["news"], strict=True):
@@ -316,7 +315,7 @@ def _impressions(behaviors, table, split, index, cache_dir):
 def _read_impressions(builder, split, index):
     """The fields of `Impressions`, in their order."""
     users, clicked, parts = [], [], []
-    for rows in _chunks(builder, split):
+    for rows in read_blocks(builder, split):
         users += [row["user"].decode() for row in rows]
         clicked += [row["clicked"] for row in rows]
         parts.append(
@@ -366,8 +365,9 @@ def training_rows(
     >>> inputs["history"].tolist(), inputs["candidates"].tolist(), labels.tolist()
     ([[5, 2, 0]], [[4, 3, -1]], [0])
     """
-    _check("history", history)
-    _check("negatives", negatives)
+    check_int("history", history)
+    check_int("negatives", negatives)
+    check_int("seed", seed, 0, 2**63 - 1)
     clicks, others = (np.flatnonzero(impressions.clicked == label) for label in (1, 0))
     if not len(clicks):
         raise ValueError(
@@ -420,7 +420,7 @@ def evaluation_rows(
     >>> inputs["history"].tolist(), inputs["candidates"].tolist(), labels.tolist(), cut.tolist()
     ([[5, 2, 0]], [[3, 1]], [[0, 1]], [1])
     """
-    _check("history", history)
+    check_int("history", history)
     unlabelled = np.count_nonzero(impressions.clicked < 0)
     if unlabelled:
         raise ValueError(
@@ -430,7 +430,7 @@ def evaluation_rows(
     offset = impressions.candidate_offset
     length = np.diff(offset)
     width = int(length.max(initial=1)) if candidates is None else candidates
-    _check("candidates", width)
+    check_int("candidates", width)
     kept = np.minimum(length, width)
     shown = _padded(impressions.candidates, offset[:-1], kept, width, 0)
     labels = _padded(impressions.clicked, offset[:-1], kept, width, -1)
@@ -455,8 +455,3 @@ def _padded(flat, start, count, width, fill):
         rows = np.flatnonzero(column < count)
         out[rows, column] = flat[start[rows] + column]
     return out
-
-
-def _check(name, value):
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")

@@ -7,6 +7,7 @@ of tries.
 
 import numpy as np
 
+from fedkd_jax.check import check_int, check_number
 from fedkd_jax.types import Number
 
 
@@ -19,12 +20,13 @@ def iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
       seed: any non-negative int.
 
     Raises:
-      ValueError: clients < 1.
+      ValueError: clients < 1, a negative seed.
 
     >>> [len(ids) for ids in iid(np.zeros(10, int), clients=3, seed=0)]
     [4, 3, 3]
     """
-    _check_count("clients", clients)
+    check_int("clients", clients)
+    check_int("seed", seed, 0, 2**63 - 1)
     order = np.random.default_rng(seed).permutation(len(labels))
     return [np.sort(ids) for ids in np.array_split(order, clients)]
 
@@ -54,12 +56,13 @@ def dirichlet(
     >>> [np.bincount(labels[ids], minlength=2).tolist() for ids in dirichlet(labels, clients=2, alpha=1e9, seed=0)]
     [[25, 25], [25, 25]]
     """
-    _check_count("clients", clients)
-    _check_count("max_tries", max_tries)
+    check_int("clients", clients)
+    check_int("max_tries", max_tries)
+    check_int("min_examples", min_examples, -(2**31))
+    check_int("seed", seed, 0, 2**63 - 1)
+    check_number("alpha", alpha, "(0, inf)")
     labels = _flat_labels(labels)
     n = len(labels)
-    if not 0 < alpha < np.inf:
-        raise ValueError(f"alpha is {alpha}; it must be positive and finite")
     if not 0 <= min_examples * clients <= n:
         raise ValueError(
             f"min_examples={min_examples} for clients={clients} needs {min_examples * clients} examples of the {n} "
@@ -105,8 +108,9 @@ def shards(labels: np.ndarray, clients: int, shards_per_client: int, seed: int) 
     >>> [len(ids) for ids in shards(labels, clients=3, shards_per_client=2, seed=0)]
     [8, 8, 8]
     """
-    _check_count("clients", clients)
-    _check_count("shards_per_client", shards_per_client)
+    check_int("clients", clients)
+    check_int("shards_per_client", shards_per_client)
+    check_int("seed", seed, 0, 2**63 - 1)
     labels = _flat_labels(labels)
     total = clients * shards_per_client
     if total > len(labels):
@@ -136,6 +140,8 @@ def by_key(keys: np.ndarray, seed: int | None = None) -> list[np.ndarray]:
     >>> by_key(np.array(["bob", "ann", "bob"]))
     [array([1]), array([0, 2])]
     """
+    if seed is not None:
+        check_int("seed", seed, 0, 2**63 - 1)
     names, owner = np.unique(_flat_labels(keys, "keys"), return_inverse=True)
     if seed is not None:
         owner = np.random.default_rng(seed).permutation(len(names))[owner]
@@ -151,10 +157,5 @@ def _by_owner(owner, clients):
 def _flat_labels(labels, name="labels"):
     labels = np.asarray(labels)
     if labels.ndim != 1:
-        raise ValueError(f"{name} has shape {labels.shape}; it must be [n], one entry per example")
+        raise ValueError(f"{name} has shape {labels.shape}; allowed: [n], one entry per example")
     return labels
-
-
-def _check_count(name, value):
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")

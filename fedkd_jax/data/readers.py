@@ -1,8 +1,9 @@
 """Readers of text corpora as their authors distribute them: local files to plain lists, in the order of the files.
 
-Files are UTF-8, with or without a byte-order mark, with either kind of line ending. A line that cannot be read is a
-ValueError that begins with `FILE, line LINE:`; empty lines mean nothing except where the format says so. Nothing here knows
-tensorflow-datasets: `corpus_builders` prepares what is read here, `sources.load` and `corpora` hand it out.
+Files are UTF-8, with or without a byte-order mark, with either kind of line ending. A line that cannot be read, has a NUL or is
+longer than `LONGEST` bytes is a ValueError that begins with `FILE, line LINE:`; empty lines mean nothing except where the
+format says so. Nothing here knows tensorflow-datasets: `corpus_builders` prepares what is read here, `sources.load` and
+`corpora` hand it out.
 """
 
 import codecs
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 Span = tuple[int, int, str]  # text[start:end] and its type
+LONGEST = 2**13  # bytes of a line: time and memory of what follows are bounded by it
 
 
 def read_relations(path: pathlib.Path) -> dict[tuple[str, str], list[Span]]:
@@ -41,17 +43,20 @@ def read_relations(path: pathlib.Path) -> dict[tuple[str, str], list[Span]]:
         fields = line.split("|")
         if not line:
             continue
-        if len(fields) != 8 or not all(fields[i].isdecimal() for i in (3, 4, 6, 7)):
+        if len(fields) != 8 or not all(re.fullmatch(r"[0-9]{1,9}", fields[i]) for i in (3, 4, 6, 7)):
             raise _malformed(path, number, f"{line[:80]!r} is not document|sentence|effect|begin|end|drug|begin|end")
         document, text, effect, effect_begin, _, drug, drug_begin, _ = fields
         key = document, text
+        _check_document(path, number, document)
         for begin, string, kind in ((int(effect_begin), effect, "Effect"), (int(drug_begin), drug, "Drug")):
             here = {begin - match.start() for match in re.finditer(f"(?={re.escape(string)})", text)}
             if not here or not string.strip():
-                raise _malformed(path, number, f"{kind.lower()} {string!r} is not in the sentence {text!r}")
+                raise _malformed(path, number, f"{kind.lower()} {_cut(string)} is not in the sentence {_cut(text)}")
             shifts[key] = shifts.get(key, here) & here
             if not shifts[key]:
-                raise _malformed(path, number, f"offset {begin} of {string!r} contradicts the others of its sentence")
+                raise _malformed(
+                    path, number, f"offset {begin} of {_cut(string)} contradicts the others of its sentence"
+                )
             marked.setdefault(key, []).append((begin, string, kind))
     return {key: sorted({_strip(*mark, max(shifts[key])) for mark in marks}) for key, marks in marked.items()}
 
@@ -100,6 +105,7 @@ def read_ade(relations: pathlib.Path, negatives: pathlib.Path) -> list[tuple[str
     for number, line in _lines(negatives):
         match = re.fullmatch(r"(\S+) NEG (.*\S.*)", line)
         if match:
+            _check_document(negatives, number, match[1])
             labels.setdefault((match[1], match[2]), 0)
         elif line:
             raise _malformed(negatives, number, f"{line[:80]!r} is not document NEG sentence")
@@ -112,7 +118,7 @@ def read_psytar(path: pathlib.Path) -> list[tuple[str, int]]:
     Columns are separated by tabs, a sentence in quotes may have line breaks. Repeated sentences are kept.
 
     Raises:
-      ValueError: a column is missing, a row has another number of fields than the header, or ADR is not 0 or 1.
+      ValueError: a column is missing or there twice, a row has another number of fields than the header, or ADR is not 0 or 1.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -125,12 +131,12 @@ def read_psytar(path: pathlib.Path) -> list[tuple[str, int]]:
     examples = []
     try:
         header = next(reader, [])
-        if not {"sentences", "ADR"} <= set(header):
-            raise _malformed(path, 1, f"the columns are {header}; sentences and ADR must be among them")
+        if not header.count("sentences") == header.count("ADR") == 1:
+            raise _malformed(path, 1, f"the columns are {_cut(header)}; sentences and ADR must be among them, once")
         for row in reader:
             fields = dict(zip(header, row, strict=False))
             if row and (len(row) != len(header) or fields["ADR"] not in ("0", "1")):
-                raise _malformed(path, reader.line_num, f"{row} has not {len(header)} fields with ADR 0 or 1")
+                raise _malformed(path, reader.line_num, f"{_cut(row)} has not {len(header)} fields with ADR 0 or 1")
             if row:
                 examples.append((fields["sentences"], int(fields["ADR"])))
     except csv.Error as error:
@@ -160,7 +166,7 @@ def read_tagged(path: pathlib.Path, types: Sequence[str]) -> list[tuple[list[str
     for number, line in [*_lines(path), (0, "")]:
         word, _, tag = line.partition("\t")
         if line and (not word or tag not in allowed):
-            raise _malformed(path, number, f"{line!r} is not a word, a tab and one of {sorted(allowed)}")
+            raise _malformed(path, number, f"{_cut(line)} is not a word, a tab and one of {sorted(allowed)}")
         if line:
             words.append(word)
             tags.append(tag)
@@ -211,10 +217,24 @@ def read_speeches(path: pathlib.Path) -> list[tuple[str, str]]:
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     # Not `str.splitlines`, which also breaks at characters that may stand within a sentence.
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if len(line) > LONGEST or b"\0" in line:
+            raise _malformed(path, number, f"{len(line)} bytes; allowed: at most {LONGEST}, and no NUL among them")
         try:
             yield number, line.removesuffix(b"\r").decode()
         except UnicodeDecodeError as error:
             raise _malformed(path, number, f"not UTF-8: {error}") from error
+
+
+def _check_document(path, number, document):
+    if len(document) > 256:  # all become an array of the longest one's width
+        raise _malformed(
+            path, number, f"document {_cut(document)} has {len(document)} characters; allowed: at most 256"
+        )
+
+
+def _cut(value):
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _malformed(path, number, words):

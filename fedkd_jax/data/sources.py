@@ -11,11 +11,12 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedkd_jax.check import check_type
 from fedkd_jax.data.cache import Folder, cache_folder
 from fedkd_jax.data.federated import Examples
 
@@ -60,6 +61,7 @@ def load(
     Raises:
       FileNotFoundError: a file is missing, or a set not prepared and download is False.
       ModuleNotFoundError: download needs TensorFlow and it is not installed.
+      TypeError: a name or split that is no string.
       ValueError: the name or split is unknown, the files are damaged, not array_record, without an integer `label`
         or without the feature `natural`.
 
@@ -69,6 +71,8 @@ def load(
     >>> examples.inputs.shape, examples.labels[:4], test
     ((1797, 8, 8, 1), array([0, 1, 2, 3], dtype=int32), None)
     """
+    check_type("name", name, str)
+    check_type("test_split", test_split, (str, type(None)))
     data_dir, cache_dir = _path(data_dir or os.environ.get("FEDKD_DATA_DIR")), cache_folder(cache_dir)
     if name == "digits":
         from fedkd_jax.data.builders import Digits  # tfds takes 0.3 s to import: only those who load pay
@@ -97,7 +101,14 @@ def load(
 
 
 def _path(folder):
-    return None if folder is None else pathlib.Path(folder).expanduser()
+    return None if folder is None else pathlib.Path(os.path.expanduser(folder))
+
+
+DAMAGED = "allowed: files as they were prepared; what is deleted in the cache is prepared again"
+
+
+def _one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
@@ -111,7 +122,10 @@ def _prepare(build, **config):
     """The builder `build()` makes, prepared. tfds writes to `incomplete.*` and renames: of two processes one wins."""
     import tensorflow_datasets as tfds
 
-    builder = build()
+    try:
+        builder = build()
+    except Exception as error:  # of a prepared set's dataset_info.json
+        raise ValueError(f"a prepared set is damaged, {_one_line(error)}; {DAMAGED}") from error
     if _is_prepared(builder):
         return builder
     try:
@@ -169,11 +183,15 @@ def _catalogue(name, data_dir, cache_dir, download):
     import tensorflow_datasets as tfds
 
     roots = [root for root in (data_dir, cache_dir) if root is not None]
-    for root in roots:
+    for root in roots if download or not name.startswith("huggingface:") else []:  # of which tfds asks the network
         try:
             builder = tfds.builder(name, data_dir=root)
         except tfds.core.DatasetNotFoundError:  # no builder of that name, and no prepared files in this root
             continue
+        except Exception as error:  # a name, config or version that cannot be, or a damaged dataset_info.json
+            raise ValueError(
+                f"name is {'tfds:' + name!r}, {_one_line(error)}; {DAMAGED}, a name that tfds knows"
+            ) from error
         if _is_prepared(builder):
             return builder
     where = " or ".join(map(str, roots))
@@ -216,7 +234,13 @@ def open_split(builder: Any, split: str) -> Any:
     ...     except ValueError as error: print(error)
     split 'train[:0%]' of local_tiny_shakespeare/1.0.0 is empty
     """
-    if builder.info.splits[split].num_examples <= 0:
+    check_type("split", split, str)
+    try:
+        examples = builder.info.splits[split].num_examples
+    except KeyError as error:  # an unknown split is a ValueError
+        where = f"{builder.info.full_name} in {builder.data_path}"
+        raise ValueError(f"{where} is damaged, {_one_line(error)}; {DAMAGED}") from error
+    if examples <= 0:
         raise ValueError(f"split {split!r} of {builder.info.full_name} is empty")
     try:
         return builder.as_data_source(split=split)
@@ -225,6 +249,32 @@ def open_split(builder: Any, split: str) -> Any:
             f"{builder.info.full_name} in {builder.data_path} is not stored as array_record; prepare it with "
             "file_format='array_record'"
         ) from error
+
+
+def read_blocks(builder: Any, split: str) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a split of a prepared set, 10,000 at a time: that bounds the number of small arrays alive at once.
+
+    Raises:
+      ValueError: as `open_split`, or the prepared files are damaged.
+
+    >>> import tempfile
+    >>> from fedkd_jax.data.corpus_builders import LocalTinyShakespeare
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "input.txt").write_text("All:\\nSpeak, speak.\\n")
+    ...     builder = prepare_local("tiny_shakespeare", ["input.txt"], LocalTinyShakespeare, folder, folder)
+    ...     [len(rows) for rows in read_blocks(builder, "train")]
+    [1]
+    """
+    source = open_split(builder, split)
+    for start in range(0, len(source), 10_000):
+        try:
+            rows = source.__getitems__(range(start, min(start + 10_000, len(source))))
+            if any(value is None for row in rows for value in row.values()):
+                raise ValueError("a row lacks a feature")
+        except Exception as error:  # whatever a damaged file does to its reader
+            where = f"{builder.info.full_name} in {builder.data_path}"
+            raise ValueError(f"{where} is damaged, {_one_line(error)}; {DAMAGED}") from error
+        yield rows
 
 
 def _read(builder, split, white, natural=None):
@@ -239,10 +289,8 @@ def _read(builder, split, white, natural=None):
         raise ValueError(f"{name} has no input feature named {input_key}; its features are {sorted(features)}")
     if natural is not None and (natural not in features or features[natural].shape != ()):
         raise ValueError(f"natural is {natural!r}; {name} has no such feature of one value; its are {sorted(features)}")
-    source = open_split(builder, split)
     blocks, labels, owners = [], [], []
-    for start in range(0, len(source), 10_000):  # bounds the number of small arrays alive at once
-        rows = source.__getitems__(range(start, min(start + 10_000, len(source))))
+    for rows in read_blocks(builder, split):
         blocks.append(_stack([row[input_key] for row in rows], white, name))
         labels += [row["label"] for row in rows]
         owners += [row[natural] for row in rows] if natural is not None else []

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
+from fedkd_jax.check import check_int, check_type
 from fedkd_jax.data.cache import Folder, cached_arrays
 
 BATCH = 1000  # texts handed to the tokenizer at once: bounds the encodings alive, which are far larger than their ids
@@ -35,13 +36,15 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     ...     load_tokenizer(folder).token_to_id("rash")
     1
     """
-    path = pathlib.Path(folder).expanduser() / "tokenizer.json"
+    path = pathlib.Path(os.path.expanduser(folder)) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; a pretrained model's folder has a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{path} is not the file of a tokenizer: {error}") from error
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= 2**31:
+        raise ValueError(f"{path} has a token of number {last}; allowed: numbers below {2**31}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # somebody's "[SEP]" is text like any other
@@ -57,7 +60,9 @@ def encode_texts(texts: Sequence[str] | np.ndarray, tokenizer: Tokenizer, length
       length: at least 3.
 
     Raises:
-      ValueError: length is too small, or the tokenizer pads, truncates or lacks a special token.
+      TypeError: one text instead of several, something else than a tokenizer.
+      ValueError: length is too small, or the tokenizer pads, truncates, lacks a special token or cannot read a text, such as
+        one without a token for what it does not know.
 
     >>> from tokenizers.models import WordPiece
     >>> pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "head", "##ache"]
@@ -99,7 +104,7 @@ def encode_words(
     special = _special(tokenizer, length)
     arrays = [np.asarray(each) for each in tags]
     if len(arrays) != len(words):
-        raise ValueError(f"tags has {len(arrays)} sentences but words has {len(words)}; both must have one for each")
+        raise ValueError(f"tags has {len(arrays)} sentences but words has {len(words)}; allowed: as many in both")
     for i, (sentence, each) in enumerate(zip(words, arrays, strict=True)):
         if each.shape != (len(sentence),) or (each.size and (each.dtype.kind not in "iu" or each.min() < 0)):
             raise ValueError(f"tags[{i}] is {each}; allowed: an integer >= 0 for each of {len(sentence)} words")
@@ -127,6 +132,8 @@ def lost_words(words: Sequence[Sequence[str]], labels: Int32[np.ndarray, "n leng
 def _encode_texts(texts, tokenizer, length):
     special = _special(tokenizer, length)
     tokens, cut = np.full((len(texts), length), special[0], np.int32), np.zeros(len(texts), np.int32)
+    if isinstance(texts, str):
+        raise TypeError(f"texts is {texts[:80]!r}; allowed: a sequence of strings")
     encodings = _encodings([str(text) for text in texts], tokenizer)
     for i, encoding in enumerate(encodings):
         _fill(tokens[i], encoding.ids, special)
@@ -135,6 +142,8 @@ def _encode_texts(texts, tokenizer, length):
 
 
 def _special(tokenizer, length):
+    check_type("tokenizer", tokenizer, Tokenizer, "a tokenizer, see load_tokenizer")
+    check_int("length", length, -(2**31))
     if length < 3:
         raise ValueError(f"length is {length}; allowed: 3 or more, as [CLS] and [SEP] take two places")
     if tokenizer.padding or tokenizer.truncation:
@@ -148,7 +157,12 @@ def _special(tokenizer, length):
 
 def _encodings(inputs, tokenizer, **kwargs):
     for start in range(0, len(inputs), BATCH):
-        yield from tokenizer.encode_batch(inputs[start : start + BATCH], add_special_tokens=False, **kwargs)
+        try:
+            encodings = tokenizer.encode_batch(inputs[start : start + BATCH], add_special_tokens=False, **kwargs)
+        except Exception as error:  # tokenizers raises nothing narrower
+            where = f"texts {start} to {start + BATCH - 1}"
+            raise ValueError(f"tokenizer cannot read {where}: {error}; allowed: one that reads any text") from error
+        yield from encodings
 
 
 def _fill(row, ids, special):
@@ -191,8 +205,9 @@ def characters(texts: Sequence[str], length: int, *, vocabulary: str | None = No
     >>> pieces.inputs.tolist(), pieces.labels.tolist(), pieces.source.tolist(), pieces.vocabulary
     ([[1, 2], [2, 0], [1, 0]], [[2, 2], [1, -1], [2, -1]], [0, 0, 2], 'ab')
     """
-    if length < 1:
-        raise ValueError(f"length is {length}; allowed: 1 or more")
+    check_int("length", length)
+    if isinstance(texts, str):
+        raise TypeError(f"texts is {texts[:80]!r}; allowed: a sequence of strings")
     vocabulary = "".join(sorted(set().union(*texts))) if vocabulary is None else vocabulary
     ids = {character: i for i, character in enumerate(vocabulary, 1)}
     if len(ids) < len(vocabulary):

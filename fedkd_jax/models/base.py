@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from fedkd_jax.check import check_fn, check_type
 from fedkd_jax.types import ClientState, Model, Outputs, Params, PyTree, ServerState
 
 
@@ -21,7 +22,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Where the module has a method `scorer(inputs)`, it becomes the model's.
 
     Raises:
-        TypeError: the module holds a variable that is not `nnx.Param`.
+        TypeError: `build` is no function, or gives no module, or one that holds a variable that is not `nnx.Param`.
         ValueError: `apply` gets parameters of another structure.
 
     >>> model = from_nnx(lambda rngs: nnx.Linear(64, 10, rngs=rngs))
@@ -29,7 +30,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     >>> sorted(params), model.apply(params, jnp.ones((2, 64))).logits.shape
     (['bias', 'kernel'], (2, 10))
     """
+    check_fn("build", build, "(rngs) -> nnx.Module")
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    check_type("build", abstract, nnx.Module, "a function (rngs) -> nnx.Module")
     graphdef, state = nnx.split(abstract)
     for path, variable in nnx.to_flat_state(state):
         if not isinstance(variable, nnx.Param):
@@ -66,12 +69,17 @@ def freeze(model: Model, frozen: Callable[[tuple[str, ...], Any], bool]) -> Mode
         model: any model; its `init` should give every client the same frozen values (pretrained ones, usually).
         frozen: `(path, leaf) -> bool`, path a tuple of dict keys.
 
+    Raises:
+        TypeError: no model, or no function.
+
     >>> from fedkd_jax import mlp
     >>> model = freeze(mlp((64, 32, 10)), lambda path, leaf: path[0] == "dense_0")
     >>> trainable, kept = split_params(model, model.init(jax.random.key(0)))
     >>> sorted(trainable), sorted(kept)
     (['dense_1'], ['dense_0'])
     """
+    check_type("model", model, Model)
+    check_fn("frozen", frozen, "(path, leaf) -> bool")
     return model._replace(frozen=frozen)
 
 
@@ -85,6 +93,9 @@ def rematerialise(model: Model) -> Model:
     Whether the compiled program needs less is the compiler's to say. XLA on a CPU needs more by default, as it begins the
     second pass early; with `XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false` it waits.
 
+    Raises:
+        TypeError: no model.
+
     >>> from fedkd_jax import cnn
     >>> plain, x = cnn((12, 12, 1), (4,), (8,), 3), jnp.ones((9, 12, 12, 1))
     >>> params = plain.init(jax.random.key(0))
@@ -94,6 +105,7 @@ def rematerialise(model: Model) -> Model:
     >>> held(plain) > 5 * held(rematerialise(plain))
     True
     """
+    check_type("model", model, Model)
     return model._replace(apply=jax.checkpoint(model.apply))
 
 
@@ -108,6 +120,7 @@ def compute_in(model: Model, dtype: Any) -> Model:
         dtype: bfloat16, or any other floating-point type.
 
     Raises:
+        TypeError: no model, or no dtype.
         ValueError: a dtype that is not floating point.
 
     >>> from fedkd_jax import mlp
@@ -117,7 +130,11 @@ def compute_in(model: Model, dtype: Any) -> Model:
     >>> str(out.hidden[0].dtype), 0 < float(jnp.abs(out.logits - exact.logits).max()) < 0.1
     ('float32', True)
     """
-    dtype = jnp.dtype(dtype)
+    check_type("model", model, Model)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; allowed: a floating-point type, such as bfloat16") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}; allowed: a floating-point type, such as bfloat16")
 
@@ -180,6 +197,9 @@ class Predictor:
 
     model: Model
     params: Callable[[ServerState, Any], Params]  # all of them, trainable and frozen, for one client
+
+    def __post_init__(self):
+        check_type("model", self.model, Model, "a Model, mlp((64, 10)) say")
 
     def __call__(self, server: ServerState, client: ClientState | None, inputs: PyTree) -> Outputs:
         return self.model.apply(self.params(server, client), inputs)

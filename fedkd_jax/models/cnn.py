@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
+from fedkd_jax.check import check_int
 from fedkd_jax.models.base import from_nnx
 from fedkd_jax.types import Array, Model, Outputs
 
@@ -85,7 +86,7 @@ class CNN(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.convs, self.denses = len(channels), len(dense)
+        self.convs, self.denses, self.image = len(channels), len(dense), tuple(image)
         height, width, depth = image
         for i, c in enumerate(channels):
             setattr(self, f"conv_{i}", Conv(depth, c, size, rngs=rngs))
@@ -100,6 +101,8 @@ class CNN(nnx.Module):
             features = d
 
     def __call__(self, inputs: Array) -> Outputs:
+        if inputs.shape[1:] != self.image:
+            raise ValueError(f"inputs has shape {inputs.shape}; allowed: [B, height, width, channels] of {self.image}")
         x, hidden = inputs, []
         for i in range(self.convs):
             x = jax.nn.relu(getattr(self, f"conv_{i}")(x))
@@ -130,7 +133,9 @@ def cnn(
         size: side of the kernels.
 
     Raises:
-        ValueError: so many layers that no pixel is left.
+        TypeError: a size that is no integer.
+        ValueError: a size below 1, an image without three of them, so many layers that no pixel is left; when used, images of
+            another shape.
 
     >>> import jax
     >>> model = cnn()
@@ -141,4 +146,9 @@ def cnn(
     [(2, 12, 12, 32), (2, 4, 4, 64), (2, 512)]
     """
     image, channels, dense = tuple(image), tuple(channels), tuple(dense)
+    for name, values in dict(image=image, channels=channels, dense=dense, classes=[classes], size=[size]).items():
+        for value in values:
+            check_int(name, value)
+    if len(image) != 3:
+        raise ValueError(f"image is {image}; allowed: (height, width, channels)")
     return from_nnx(lambda rngs: CNN(image, channels, dense, classes, size, rngs=rngs))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from fedkd_jax.check import check_int
 from fedkd_jax.models.base import from_nnx
 from fedkd_jax.types import Array, Model, Outputs
 
@@ -17,12 +18,14 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
-        self.depth = len(widths) - 1
+        self.depth, self.size = len(widths) - 1, widths[0]
         for i in range(self.depth):
             setattr(self, f"dense_{i}", nnx.Linear(widths[i], widths[i + 1], rngs=rngs))
 
     def __call__(self, inputs: Array) -> Outputs:
         x, hidden = inputs.reshape(inputs.shape[0], -1), []
+        if x.shape[1] != self.size:
+            raise ValueError(f"inputs has shape {inputs.shape}; allowed: [B, ...] with {self.size} numbers in a row")
         for i in range(self.depth - 1):
             x = jax.nn.relu(getattr(self, f"dense_{i}")(x))
             hidden.append(x)
@@ -36,7 +39,8 @@ def mlp(widths: Sequence[int]) -> Model:
         widths: input size, hidden widths, classes: `(64, 128, 10)` is one hidden layer of 128.
 
     Raises:
-        ValueError: fewer than two widths, or one below 1.
+        TypeError: a width that is no integer.
+        ValueError: fewer than two widths, or one below 1; when used, inputs of another size.
 
     >>> import jax, jax.numpy as jnp
     >>> model = mlp((64, 128, 10))
@@ -45,6 +49,8 @@ def mlp(widths: Sequence[int]) -> Model:
     ((3, 10), [(3, 128)])
     """
     widths = tuple(widths)
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"widths is {widths}; allowed: two or more positive integers")
+    for i, width in enumerate(widths):
+        check_int(f"widths[{i}]", width)
+    if len(widths) < 2:
+        raise ValueError(f"widths is {widths}; allowed: two or more")
     return from_nnx(lambda rngs: MLP(widths, rngs=rngs))

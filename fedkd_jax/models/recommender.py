@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fedkd_jax.check import check_type
 from fedkd_jax.models.base import from_nnx
 from fedkd_jax.models.transformer import HIDDEN, AttentionPooling, Transformer, TransformerConfig
 from fedkd_jax.types import Array, Model, Outputs
@@ -90,9 +91,20 @@ def recommender(config: TransformerConfig, news: np.ndarray) -> Model:
         config: of the news encoder.
         news: `[m, L]` int32, the tokens of every news; row 0 stands for no news.
 
+    Raises:
+        TypeError: no `TransformerConfig`.
+        ValueError: news that are not integers `[m, L]` of the vocabulary, or none, or longer than `positions`.
+
     >>> config = TransformerConfig(vocab=9, width=8, layers=1, heads=2, inner=16)
     >>> model = recommender(config, np.array([[0, 0], [1, 2]], np.int32))
     >>> sorted(model.init(jax.random.key(0)))
     ['embeddings', 'layers', 'news', 'pooling', 'user_pooling']
     """
+    check_type("config", config, TransformerConfig)
+    news = np.asarray(news)
+    fits = news.ndim == 2 and news.size and news.dtype.kind in "iu" and news.shape[1] <= config.positions
+    if not fits or news.min() < 0 or news.max() >= config.vocab:
+        allowed = f"integers [m, L] of 0 to {config.vocab - 1}, L at most {config.positions}"
+        held = f", {news.min()} to {news.max()}" if fits else ""
+        raise ValueError(f"news is {news.dtype}{list(news.shape)}{held}; allowed: {allowed}")
     return from_nnx(lambda rngs: Recommender(config, news, rngs=rngs))

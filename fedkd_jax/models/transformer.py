@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
+from fedkd_jax.check import check_int, check_number, check_type
 from fedkd_jax.models.base import from_nnx
 from fedkd_jax.svd import MatrixView, matrix_view
 from fedkd_jax.types import Array, Model, Outputs
@@ -37,7 +38,8 @@ class TransformerConfig:
     """The sizes of a transformer.
 
     Raises:
-        ValueError: a size below 1, a width that the heads do not divide, an unknown activation or dtype.
+        TypeError: a size that is no integer.
+        ValueError: a size below 1, a width that the heads do not divide, a negative epsilon, an unknown activation or dtype.
 
     >>> TransformerConfig(vocab=100, width=64, heads=4).head_width
     16
@@ -61,8 +63,9 @@ class TransformerConfig:
 
     def __post_init__(self):
         for name in ("vocab", "width", "layers", "heads", "inner", "positions", "types"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least 1")
+            check_int(name, getattr(self, name))
+        check_int("pad", self.pad, -(2**31))  # of no token where nothing is padding
+        check_number("epsilon", self.epsilon, "[0, inf)")
         if self.width % self.heads:
             raise ValueError(f"heads is {self.heads}; allowed: a divisor of width, {self.width}")
         if self.activation not in ACTIVATIONS:
@@ -166,10 +169,15 @@ class Transformer(nnx.Module):
     def encode(self, tokens: Int[Array, "b l"]) -> Encoded:
         """Tokens through all layers.
 
+        Tokens that are not in the vocabulary are NaN.
+
         Raises:
-            ValueError: texts longer than `positions`.
+            ValueError: tokens that are not integers `[B, L]`, or texts longer than `positions`.
         """
-        tokens, length = jnp.asarray(tokens), tokens.shape[1]
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, L]")
+        length = tokens.shape[1]
         if length > self.config.positions:
             raise ValueError(f"tokens have length {length}; allowed: at most positions, {self.config.positions}")
         mask = tokens != self.config.pad
@@ -272,21 +280,32 @@ def _outputs(logits: Array, encoded: Encoded) -> Outputs:
 def text_classifier(config: TransformerConfig, classes: int) -> Model:
     """A `Model` that gives a text one of `classes` classes.
 
+    Raises:
+        TypeError: no `TransformerConfig`, or `classes` that is no integer.
+        ValueError: `classes` below 1.
+
     >>> config = TransformerConfig(vocab=9, width=8, layers=2, heads=2, inner=16)
     >>> model = text_classifier(config, 2)
     >>> params = model.init(jax.random.key(0))
     >>> params["layers"]["up"]["kernel"].shape, model.apply(params, jnp.array([[1, 2, 0]])).hidden[1].shape
     ((2, 8, 16), (1, 3, 8))
     """
+    check_type("config", config, TransformerConfig)
+    check_int("classes", classes)
     return from_nnx(lambda rngs: TextClassifier(config, classes, rngs=rngs))
 
 
 def tagger(config: TransformerConfig, classes: int) -> Model:
     """A `Model` that gives every token one of `classes` classes, see `Tagger`.
 
+    Raises:
+        TypeError, ValueError: as `text_classifier`.
+
     >>> sorted(tagger(TransformerConfig(vocab=9, width=8, layers=2, heads=2), 5).init(jax.random.key(0)))
     ['embeddings', 'head', 'layers']
     """
+    check_type("config", config, TransformerConfig)
+    check_int("classes", classes)
     return from_nnx(lambda rngs: Tagger(config, classes, rngs=rngs))
 
 
@@ -294,12 +313,14 @@ def language_model(config: TransformerConfig) -> Model:
     """A `Model` that predicts the next token, see `LanguageModel`.
 
     Raises:
+        TypeError: no `TransformerConfig`.
         ValueError: a config that is not causal.
 
     >>> model = language_model(TransformerConfig(vocab=9, width=8, layers=2, heads=2, causal=True))
     >>> sorted(model.init(jax.random.key(0)))
     ['embeddings', 'head', 'layers']
     """
+    check_type("config", config, TransformerConfig)
     if not config.causal:
         raise ValueError(f"causal is {config.causal}; allowed: True for a language model")
     return from_nnx(lambda rngs: LanguageModel(config, rngs=rngs))
