@@ -105,6 +105,7 @@ class Checkpoints:
         self._store, self._key, self._files = store, key, HistoryFiles(self.folder)
         self._journal, self._saving, self._whole = Journal(self.folder), None, False
         self._begun, self._took, self._evaluated = time.monotonic(), 0.0, 0
+        self._same: dict | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = _manager(self.folder, self.keep, wait=False)
         try:
@@ -148,8 +149,9 @@ class Checkpoints:
         for evaluation in evaluations[self._evaluated :]:
             self._files.write_evaluation(evaluation)
         self._evaluated = len(evaluations)
-        about = {"rounds": self._files.fields(), "evaluations": [e["round"] for e in evaluations]}
-        meta = _about(state, self._store, self._key) | about
+        if self._same is None:  # the same after every round
+            self._same = _about(state, self._store, self._key) | {"rounds": self._files.fields()}
+        meta = self._same | {"round": round, "evaluations": [e["round"] for e in evaluations]}
         if not self._whole:
             return self._note_down(state, meta)
         self._settle()

@@ -5,6 +5,7 @@ record is the bytes of arrays, one after another, in one of two files that are w
 whatever moment the process is killed. Nothing waits for the disk, so a record counts only until the machine is started anew.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -72,6 +73,7 @@ class Journal:
             os.close(self._files.pop())
 
 
+@functools.cache
 def _boot() -> str:
     """Which time since the machine was started this is, where the system tells."""
     path = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -80,11 +82,20 @@ def _boot() -> str:
 
 def _parts(array: Array) -> list[np.ndarray]:
     """The bytes of an array, which may be split over devices along its first axis, without a copy."""
-    shards = {}
-    for shard in array.addressable_shards if isinstance(array, jax.Array) else ():
-        shards.setdefault(shard.index[0].start or 0 if shard.index else 0, shard.data)
-    parts = [np.asarray(shards[start]) for start in sorted(shards)] if shards else [np.asarray(array)]
-    return [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts if part.size]
+    parts = [array]
+    if isinstance(array, jax.Array):
+        parts = [array.addressable_data(i) for i in _order(array.sharding, array.shape)]
+    whole = (np.ascontiguousarray(part) for part in parts)
+    return [part.reshape(-1).view(np.uint8) for part in whole if part.size]
+
+
+@functools.lru_cache(maxsize=1024)
+def _order(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[int]:
+    """Which pieces of such an array are the whole, in their order along its first axis."""
+    if sharding.is_fully_replicated:
+        return [0]
+    starts = [index[0].start or 0 for index in sharding.addressable_devices_indices_map(shape).values()]
+    return [starts.index(start) for start in sorted(set(starts))]
 
 
 def _write(file: int, path: pathlib.Path, parts: Any, at: int) -> int:
