@@ -21,7 +21,7 @@ from fedkd_jax.check import check_int, check_number
 from fedkd_jax.history import HistoryFiles
 from fedkd_jax.journal import Journal
 from fedkd_jax.parallel import Layout
-from fedkd_jax.population import state_shapes
+from fedkd_jax.population import halves, state_shapes
 from fedkd_jax.stores import HostStore, Store
 from fedkd_jax.types import Algorithm, ClientState, History, Key, Number, PyTree, RoundInfo, State
 
@@ -311,16 +311,16 @@ def _load(
         restored = tree.unflatten([_typed(x, leaf) for x, leaf in zip(read, leaves, strict=False)])
         index = {name: x for (name, *_), x in zip(meta["index"], read[len(leaves) :], strict=True)}
         steps = [*steps, meta["round"]]
-    clients_key = jax.random.split(key)[0]  # as `simulate` does
+    init_key, _ = halves(key)  # as `simulate` does
     if not meta["store"]:
         if store is not None:
-            store.open(algorithm, clients_key, population)
+            store.open(algorithm, init_key, population)
             store.write(np.arange(population), jax.tree.map(lambda x: x[:population], restored.clients))
             store.round = meta["round"]
             restored = State(server=restored.server, clients=store)
         return restored, meta
     into = HostStore() if store is None else store
-    into.open(algorithm, clients_key, population)
+    into.open(algorithm, init_key, population)
     into.load(folder, steps, meta["processes"], index)
     return State(server=restored, clients=into if store is not None else _stacked(into, whole.clients, layout)), meta
 

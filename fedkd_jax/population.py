@@ -32,7 +32,8 @@ def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
     check_int("population", population)
     check_key("key", key)
     layout = algorithm.layout or Layout()
-    clients = make_clients(algorithm.init_clients, jax.random.split(key)[1], jnp.arange(_padded(algorithm, population)))
+    _, clients_key = halves(key)
+    clients = make_clients(algorithm.init_clients, clients_key, jnp.arange(_padded(algorithm, population)))
     return State(server=init_server(algorithm, key), clients=place(clients, layout, "clients"))
 
 
@@ -49,6 +50,16 @@ def check_key(name: str, key: Key, axes: int = 0) -> None:
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == axes):
         allowed = "keys [S], jax.random.split(jax.random.key(0), 3) say" if axes else "a key, jax.random.key(0) say"
         raise TypeError(f"{name} is {key!r}; allowed: {allowed}")
+
+
+def halves(key: Key) -> tuple[Key, Key]:
+    """The keys that a key is split in, wherever one of them is wanted: JAX's check of keys does not call it used twice.
+
+    >>> bool((halves(jax.random.key(0))[1] == jax.random.split(jax.random.key(0))[1]).all())
+    True
+    """
+    one, other = jax.random.split(jax.random.clone(key))
+    return one, other
 
 
 def state_shapes(algorithm: Algorithm, population: int) -> State:
@@ -80,7 +91,8 @@ def init_server(algorithm: Algorithm, key: Key) -> ServerState:
     >>> int(init_server(algorithm, jax.random.key(0)).round)
     0
     """
-    return place(_init_server(algorithm.init_server, jax.random.split(key)[0]), algorithm.layout or Layout())
+    server_key, _ = halves(key)
+    return place(_init_server(algorithm.init_server, server_key), algorithm.layout or Layout())
 
 
 # one compilation for all runs of an algorithm: `make_clients(algorithm.init_clients, key, ids)`

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedkd_jax.parallel import Layout, place, place_rows
-from fedkd_jax.population import make_clients
+from fedkd_jax.population import halves, make_clients
 from fedkd_jax.types import Algorithm, ClientState, Key, PyTree
 
 CHUNK_BYTES = 2**26  # of host memory, taken at a time
@@ -65,7 +65,7 @@ class Store:
             raise TypeError("client states hold typed random keys; allowed: arrays of numbers")
         self._shapes, self._key, self._population = (leaves, tree), np.asarray(jax.random.key_data(key)), population
         self.layout = algorithm.layout or Layout()
-        init_key = place(jax.random.split(key)[1], self.layout)
+        init_key = place(halves(key)[1], self.layout)
         self._init = functools.partial(make_clients, algorithm.init_clients, init_key)
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
         *starts, end = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
