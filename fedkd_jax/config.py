@@ -563,7 +563,7 @@ def _validate_methods(config: Experiment) -> None:
     _check(len(config.methods) > 0, "methods", config.methods, "one method or more")
     for name, method in config.methods.items():
         key = f"methods.{name}"
-        _check("/" not in name and name != "", "methods", name, "names that may be a folder's, without '/'")
+        _check(name != "", "methods", name, "names of a character or more")
 
         def check(ok: bool, field: str, allowed: str, key=key, method=method):
             _check(ok, f"{key}.{field}", getattr(method, field), allowed)

@@ -94,7 +94,8 @@ def _order(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[int]
     """Which pieces of such an array are the whole, in their order along its first axis."""
     if sharding.is_fully_replicated:
         return [0]
-    starts = [index[0].start or 0 for index in sharding.addressable_devices_indices_map(shape).values()]
+    indices: Any = sharding.addressable_devices_indices_map(shape).values()
+    starts = [index[0].start or 0 for index in indices]
     return [starts.index(start) for start in sorted(set(starts))]
 
 

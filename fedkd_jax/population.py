@@ -5,6 +5,8 @@ asked for and keeps it once the client has taken part, so that space follows the
 population. A run has the same bits with any of them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -37,7 +39,7 @@ def init_state(algorithm: Algorithm, population: int, key: Key) -> State:
     return State(server=init_server(algorithm, key), clients=place(clients, layout, "clients"))
 
 
-def check_key(name: str, key: Key, axes: int = 0) -> None:
+def check_key(name: str, key: Any, axes: int = 0) -> None:
     """Refuses what is no random key of JAX's new kind, or as many axes of them.
 
     Raises:

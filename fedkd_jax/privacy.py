@@ -64,8 +64,8 @@ def private_mean(max_norm: Number, noise_multiplier: Number) -> Aggregator:
     ([3.0, 4.0], 3.0)
     """
     _check_noise(noise_multiplier)
-    std = noise_multiplier * max_norm
-    return Aggregator(bound=clip_update(max_norm), noise=lambda total, key: add_noise(total, std, key))
+    clip, std = clip_update(max_norm), noise_multiplier * max_norm
+    return Aggregator(bound=clip, noise=lambda total, key: add_noise(total, std, key))
 
 
 def private_send(max_norm: Number, noise_multiplier: Number, cohort: int) -> SendFn:

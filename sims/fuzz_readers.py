@@ -274,6 +274,7 @@ def _file(now: pathlib.Path, read: Callable[[pathlib.Path], object]) -> Callable
 def relations(now: pathlib.Path) -> Target:
     """DRUG-AE.rel, as far as the words' tags.
 
+    >>> import tempfile
     >>> target = relations(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0])[0]
     (['Lithium', 'coma', '.'], ['B-Drug', 'B-Effect', 'O'])
@@ -287,6 +288,7 @@ def relations(now: pathlib.Path) -> Target:
 def negatives(now: pathlib.Path) -> Target:
     """ADE-NEG.txt, beside a DRUG-AE.rel.
 
+    >>> import tempfile
     >>> target = negatives(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> len(target.read(0, target.valid[0]))
     3
@@ -300,6 +302,7 @@ def negatives(now: pathlib.Path) -> Target:
 def psytar(now: pathlib.Path) -> Target:
     """The tables of PsyTAR.
 
+    >>> import tempfile
     >>> target = psytar(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0])[1]
     ('It "works"', 0)
@@ -311,6 +314,7 @@ def psytar(now: pathlib.Path) -> Target:
 def tagged(now: pathlib.Path) -> Target:
     """Words with IOB tags.
 
+    >>> import tempfile
     >>> target = tagged(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> len(target.read(0, target.valid[0]))
     2
@@ -322,6 +326,7 @@ def tagged(now: pathlib.Path) -> Target:
 def speeches(now: pathlib.Path) -> Target:
     """Plays.
 
+    >>> import tempfile
     >>> target = speeches(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> len(target.read(0, target.valid[0]))
     3
@@ -333,6 +338,7 @@ def speeches(now: pathlib.Path) -> Target:
 def news(now: pathlib.Path) -> Target:
     """news.tsv of MIND.
 
+    >>> import tempfile
     >>> target = news(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> len(target.read(0, target.valid[0]))
     2
@@ -344,6 +350,7 @@ def news(now: pathlib.Path) -> Target:
 def behaviors(now: pathlib.Path) -> Target:
     """behaviors.tsv of MIND, as far as the users' array.
 
+    >>> import tempfile
     >>> target = behaviors(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0]).tolist()
     ['U1', 'U2']
@@ -363,6 +370,7 @@ def behaviors(now: pathlib.Path) -> Target:
 def idx(now: pathlib.Path) -> Target:
     """Gzipped idx files of images.
 
+    >>> import tempfile
     >>> target = idx(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0]).shape
     (2, 3, 2)
@@ -374,6 +382,7 @@ def idx(now: pathlib.Path) -> Target:
 def config(now: pathlib.Path) -> Target:
     """Configs, validated.
 
+    >>> import tempfile
     >>> target = config(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(1, target.valid[1]).rounds
     3
@@ -417,6 +426,7 @@ def _in_checkpoint(now: pathlib.Path, name: str) -> Callable[[int, bytes], objec
 def bert_config(now: pathlib.Path) -> Target:
     """A checkpoint's config.json.
 
+    >>> import tempfile
     >>> target = bert_config(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0])[0].width
     4
@@ -429,6 +439,7 @@ def bert_config(now: pathlib.Path) -> Target:
 def bert(now: pathlib.Path) -> Target:
     """A checkpoint's model.safetensors.
 
+    >>> import tempfile
     >>> target = bert(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> sorted(target.read(0, target.valid[0])[1])
     ['embeddings', 'layers']
@@ -441,6 +452,7 @@ def bert(now: pathlib.Path) -> Target:
 def tokenizer(now: pathlib.Path) -> Target:
     """A checkpoint's tokenizer.json, and texts that it then reads.
 
+    >>> import tempfile
     >>> target = tokenizer(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0]).tolist()
     [[2, 5, 7, 3, 0, 0], [2, 4, 3, 0, 0, 0], [2, 3, 0, 0, 0, 0]]
@@ -466,6 +478,7 @@ def tokenizer(now: pathlib.Path) -> Target:
 def trace(now: pathlib.Path) -> Target:
     """Traces of who was there when, as NumPy saves them.
 
+    >>> import tempfile
     >>> target = trace(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> callable(target.read(0, target.valid[0]).available)
     True
@@ -480,6 +493,7 @@ def trace(now: pathlib.Path) -> Target:
 def index(now: pathlib.Path) -> Target:
     """What a store left in its folder: the index of its rows.
 
+    >>> import tempfile
     >>> target = index(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0])
     2
@@ -513,6 +527,7 @@ def index(now: pathlib.Path) -> Target:
 def journal(now: pathlib.Path) -> Target:
     """What a run noted down after its last rounds; what is not whole does not count.
 
+    >>> import tempfile
     >>> target = journal(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0])[0]["round"]
     3
@@ -534,6 +549,7 @@ def journal(now: pathlib.Path) -> Target:
 def records(now: pathlib.Path) -> Target:
     """The records of a run, as `sims.report` reads them.
 
+    >>> import tempfile
     >>> target = records(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> list(target.read(0, target.valid[0]))
     ['FedKD']
@@ -561,6 +577,7 @@ def records(now: pathlib.Path) -> Target:
 def table(now: pathlib.Path) -> Target:
     """The tables of a run.
 
+    >>> import tempfile
     >>> target = table(pathlib.Path(tempfile.mkdtemp(), "now"))
     >>> target.read(0, target.valid[0])[0]["method"]
     'FedKD'

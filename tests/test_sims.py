@@ -61,6 +61,9 @@ def test_every_config_runs_two_rounds(path, tmp_path, capsys):
     flags, config = small(path), load_config(path)
     if config.teacher.kind == "cnn":  # one of its methods, which takes half a minute to compile
         config = dataclasses.replace(config, methods={"FedKD": config.methods["FedKD"]})
+    if config.hostile or any(method.noise for method in config.methods.values()):  # they differ in few numbers
+        first, *_, last = config.methods
+        config = dataclasses.replace(config, methods={name: config.methods[name] for name in (first, last)})
     (tmp_path / path.name).write_text(to_yaml(config))
     folder = compare.main([str(tmp_path / path.name), *flags, "--devices", "1", "--out", str(tmp_path / "out")])
     rows = (folder / "table.csv").read_text().splitlines()
@@ -158,7 +161,7 @@ def test_clients_may_fail_and_cohorts_go_in_groups(tmp_path):
     assert load_config(folder / "config.yaml").participation.first == 6
     np.save(trace, np.zeros((2, 3)))
     with pytest.raises(
-        SystemExit, match=r"participation.trace is .*; allowed: \[T, G\] bool with some true, not float64"
+        SystemExit, match=r"participation.trace is .*; allowed: .*\[T, G\] bool with some true, not float64"
     ):
         run.main([*argv, "--out", str(tmp_path / "other")])
 

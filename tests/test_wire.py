@@ -310,7 +310,7 @@ def check_bytes(info, transport):
         assert 45 <= spare // transport.messages[direction] <= 47
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "feddropout"])  # see the next
 def test_a_run_is_the_same_bit_for_bit_and_measures_what_it_counts(name):
     plain, wired, transport = both(name)
     assert_same_bits(plain, wired)
