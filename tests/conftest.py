@@ -1,4 +1,5 @@
-"""Settings that must hold before JAX starts a backend: eight CPU devices, one BLAS thread, no silent rank promotion.
+"""Settings that must hold before JAX starts a backend: eight CPU devices, one BLAS thread, no silent rank promotion; and no
+network, for what is imported, and for tests.
 
 The suite compiles more than it computes, so XLA optimises little here: the same programs, compiled in a quarter of the time.
 """
@@ -6,6 +7,7 @@ The suite compiles more than it computes, so XLA optimises little here: the same
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # batched LAPACK oversubscribes otherwise, see FACTS
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -16,6 +18,18 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+LOCAL = ("localhost", "127.0.0.1", "::1", None, "")
+
+
+def refuse_network(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        address = arguments[1] if event == "socket.connect" else arguments[0]
+        host = address[0] if isinstance(address, tuple) else None if event == "socket.connect" else address
+        if host not in LOCAL:
+            raise PermissionError(f"{event} with {host!r}; allowed in tests: this machine")
+
+
+sys.addaudithook(refuse_network)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
