@@ -599,6 +599,9 @@ def test_what_functions_refuse_where_they_are_used(unchecked):
     for match, call in {
         "update has a leaf 3; allowed: arrays": lambda: CODEC.encode({"w": 3}, 0, KEY),
         "codec 1 of the chain is 8; allowed": lambda: fk.chain(CODEC, 8),
+        "payload holds integers of another quantise; allowed: one": lambda: fk.chain(
+            CODEC, fk.quantise(16), fk.quantise(3)
+        ).encode({"w": np.ones(3, np.float32)}, 0, KEY),
         "inputs has shape .*allowed": lambda: MODEL.apply(MODEL.init(KEY), np.ones((2, 5))),
         "tokens is float.*allowed": lambda: fk.text_classifier(SIZES, 2).apply(TEXT_PARAMS, np.ones((2, 3))),
         r"tokens is int.*\[3\]; allowed": lambda: fk.text_classifier(SIZES, 2).apply(TEXT_PARAMS, np.ones(3, int)),

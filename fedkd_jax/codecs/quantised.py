@@ -39,7 +39,7 @@ def quantise(bits: int) -> Codec:
         bits: 2 to 16, the sign's among them. The simulation holds them in int8 or int16.
 
     Raises:
-        ValueError: other `bits`.
+        ValueError: other `bits`; when it recodes, what is quantised already.
 
     >>> codec, update = quantise(2), jnp.array([1.0, -1.0, 0.0, 0.25])
     >>> arrived = jax.vmap(lambda key: codec.decode(codec.encode(update, 0, key)))(jax.random.split(jax.random.key(0), 4000))
@@ -60,6 +60,10 @@ def quantise(bits: int) -> Codec:
 
     def recode(payload: Payload, round, key) -> Payload:
         del round
+        if any(
+            isinstance(x, Levels) for x in jax.tree.leaves(payload.content, is_leaf=lambda x: isinstance(x, Levels))
+        ):
+            raise ValueError("payload holds integers of another quantise; allowed: one in a chain")
         leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(payload.content))
         whole = [jnp.int32(x.size) for x in leaves]  # of a codec that does not say how many of its entries are padding
         counts = whole if not jax.tree.leaves(payload.sent) else structure.flatten_up_to(payload.sent)
