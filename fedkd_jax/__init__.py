@@ -54,7 +54,14 @@ from fedkd_jax.codecs import (
     top_k,
 )
 from fedkd_jax.local import local_steps
-from fedkd_jax.aggregate import clip_update, coordinate_median, example_weight, trimmed_mean, uniform_weight
+from fedkd_jax.aggregate import (
+    clip_update,
+    coordinate_median,
+    example_weight,
+    fixed_weight,
+    trimmed_mean,
+    uniform_weight,
+)
 from fedkd_jax.attacks import attacked, hostile_share, label_flip, scaled, sign_flip
 from fedkd_jax.privacy import fixed_mean, privacy_spent, private_mean, private_send
 from fedkd_jax.cohort import client_key, put, sample_cohort, take

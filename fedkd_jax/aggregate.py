@@ -31,6 +31,15 @@ def uniform_weight(count: Int[Array, ""]) -> Float[Array, ""]:
     return (jnp.asarray(count) > 0).astype(jnp.float32)
 
 
+def fixed_weight(count: Int[Array, ""]) -> Float[Array, ""]:
+    """1 for every client, also one without examples: where a mean is over all, or noise must not get lost with its sender.
+
+    >>> float(fixed_weight(jnp.int32(0)))
+    1.0
+    """
+    return jnp.ones_like(count, jnp.float32)
+
+
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every inexact leaf is finite everywhere.
 
@@ -97,7 +106,7 @@ def coordinate_median(updates: PyTree, weights: PyTree) -> PyTree:
     Args:
         updates: leaves `[K, ...]`.
         weights: `[K]`, or a PyTree like `updates` where each number counts by itself; what is 0 is not counted, whatever the
-            update holds there, and all others count the same.
+            update holds there, and all others count the same and are finite, as a round sees to.
 
     >>> coordinate_median({"w": jnp.array([[1.0, 5.0], [3.0, 6.0], [9.0, jnp.nan]])}, jnp.array([7.0, 2.0, 0.0]))["w"].tolist()
     [2.0, 5.5]
@@ -107,7 +116,7 @@ def coordinate_median(updates: PyTree, weights: PyTree) -> PyTree:
 
 def trimmed_mean(share: Number) -> Callable[[PyTree, PyTree], PyTree]:
     """`(updates [K], weights) -> update`: of every number by itself the mean without the floor(share n) smallest and as many
-    largest of the n that are counted, each alike; 0 where there is none.
+    largest of the n that are counted, each alike; 0 where there is none. Of fewer than 1 / share it is the mean.
 
     Yin et al. 2018, as `coordinate_median`, also for the arguments. With at most floor(share n) hostile clients no number
     leaves the range of the others'.
@@ -119,7 +128,9 @@ def trimmed_mean(share: Number) -> Callable[[PyTree, PyTree], PyTree]:
     1.5
     """
     check_number("share", share, "[0, 0.5)")
-    return lambda updates, weights: _middle_mean(updates, weights, lambda n: math.floor(round(share * n, 6)))
+    return lambda updates, weights: _middle_mean(
+        updates, weights, lambda n: min(math.floor(round(share * n, 6)), max(0, n - 1) // 2)
+    )
 
 
 def _middle_mean(updates: PyTree, weights: PyTree, left_out: Callable[[int], int]) -> PyTree:

@@ -101,7 +101,7 @@ def label_flip(data: FederatedData | ClientSource, hostile: HostileFn, classes: 
 
     Raises:
         TypeError: no data.
-        ValueError: data that cannot be (`check_data`), no class.
+        ValueError: data that cannot be (`check_data`), a label beyond the classes.
 
     >>> from fedkd_jax.data import federate
     >>> data = federate(np.zeros((5, 1)), np.array([0, 1, 2, 0, 1]), [np.arange(3), np.arange(3, 5)])
@@ -120,5 +120,7 @@ def _flipped(data: FederatedData, ids: Array, hostile: HostileFn, classes: int) 
     labels = np.array(data.labels)
     for i in np.flatnonzero(np.asarray(jax.vmap(hostile)(ids))):
         rows = (i,) if data.stacked else slice(data.start[i], data.start[i] + data.count[i])
+        if (most := labels[rows].max(initial=0)) >= classes:
+            raise ValueError(f"classes is {classes}; allowed: {most + 1} and more, for the labels of client {i}")
         labels[rows] = np.where(labels[rows] >= 0, classes - 1 - labels[rows], labels[rows])
     return dataclasses.replace(data, labels=labels)

@@ -18,7 +18,14 @@ import tokenizers
 
 from fedkd_jax import data as fd
 from fedkd_jax import tasks
-from fedkd_jax.aggregate import clip_update, coordinate_median, example_weight, trimmed_mean, uniform_weight
+from fedkd_jax.aggregate import (
+    clip_update,
+    coordinate_median,
+    example_weight,
+    fixed_weight,
+    trimmed_mean,
+    uniform_weight,
+)
 from fedkd_jax.algorithms import (
     centralised,
     fedavg,
@@ -84,6 +91,9 @@ def build_data(config: Experiment) -> Clients:
         "characters": _characters,
     }[c.task]
     clients = build(config)
+    attacks = any(method.attack for method in config.methods.values())
+    if attacks and round(config.hostile * clients.size, 6) < 1:
+        raise ConfigError("hostile", config.hostile, f"a share that is one of {clients.size} clients at least")
     if config.cohort is not None and config.cohort > clients.size:
         raise ConfigError("cohort", config.cohort, f"1 to the number of clients in {c.name}, {clients.size}")
     ids = np.arange(clients.size) if clients.eval_ids is None else clients.eval_ids
@@ -93,7 +103,8 @@ def build_data(config: Experiment) -> Clients:
     if len(some) == len(ids):
         return clients
     if not clients.test.count[some].any():
-        raise ConfigError("data.eval_clients", c.eval_clients, "more: none of those drawn has a test example")
+        who = f"is honest (hostile is {config.hostile}) and" if config.hostile else "drawn"
+        raise ConfigError("data.eval_clients", c.eval_clients, f"more: none {who} has a test example")
     return dataclasses.replace(clients, test=fd.from_arrays(clients.test).take(some), eval_ids=ids[some])
 
 
@@ -564,7 +575,10 @@ def build_algorithm(
         codecs["uplink"] = wrap(codecs["uplink"] or identity_codec())
     own = method.server_optimizer
     server: dict[str, Any] = {} if own is None else {"server_optimizer": build_optimizer(own, config.rounds)}
-    weights: dict[str, Any] = {"weight_fn": {"examples": example_weight, "uniform": uniform_weight}[method.weighting]}
+    weight_fn = {"examples": example_weight, "uniform": uniform_weight}[method.weighting]
+    if method.noise and method.noise_at == "client":  # who has no example has noise to send
+        weight_fn = fixed_weight
+    weights: dict[str, Any] = {"weight_fn": weight_fn}
     if method.algorithm == "centralised" and layout is not None:  # several devices would all train the same model
         layout = Layout(chunk=layout.chunk)
     trust = build_trust(config, method, clients.size)

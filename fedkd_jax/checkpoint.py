@@ -5,10 +5,11 @@ over: not rows of clients (see `stores.py`), not the history, which only grows. 
 the journal.
 """
 
+import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from fedkd_jax.history import HistoryFiles
 from fedkd_jax.journal import Journal
 from fedkd_jax.parallel import Layout
 from fedkd_jax.population import halves, state_shapes
-from fedkd_jax.stores import HostStore, Store
+from fedkd_jax.stores import HostStore, Store, lock
 from fedkd_jax.types import Algorithm, ClientState, History, Key, Number, PyTree, RoundInfo, State
 
 LEAST_SHARE = 20  # a checkpoint by time is due when rounds have taken so many times as long as the last one did
@@ -50,14 +51,16 @@ class Checkpoints:
 
     Args:
         folder: where; a `DiskStore` must be `DiskStore(folder, resume=True)` of the same folder.
-        rounds: the state goes into the journal after every so many rounds, counted from the run's first, in milliseconds; it
-            survives the process, not the machine (see `Journal`). Of several processes it is a checkpoint. None for never.
+        rounds: the state goes into the journal after every so many rounds, counted from the run's first: in milliseconds, but
+            the longer the more clients there are whose states, or in a `DiskStore` whose places, are to be written. It survives
+            the process, not the machine (see `Journal`). Of several processes it is a checkpoint. None for never.
         minutes: a checkpoint by Orbax, while the next rounds run, after so many minutes, or 20 times what the last one took, if
             that is longer; None for none by time. There is always one after the last round.
         keep: so many of the newest checkpoints stay.
 
     Raises:
         ValueError: `rounds`, `minutes` or `keep` out of range.
+        BlockingIOError: in a run, another one is going on in the folder.
 
     >>> import optax, tempfile
     >>> from fedkd_jax import fedavg, mlp, simulate
@@ -88,10 +91,7 @@ class Checkpoints:
         >>> Checkpoints("nowhere").latest() is None
         True
         """
-        rounds = [int(p.name) for p in (self.folder / "server").glob("*") if p.name.isdigit()]
-        if (record := Journal(self.folder).newest()) is not None:
-            rounds.append(record[0]["round"])
-        return max(rounds, default=None)
+        return _latest(self.folder)
 
     def stop(self) -> None:
         """Asks the run to end after the rounds that are under way, which it then saves; `simulate` raises `Stopped`. For a
@@ -102,19 +102,17 @@ class Checkpoints:
         self, algorithm: Algorithm, population: int, key: Key, store: Store | None, *, rounds: int, cohort: int
     ) -> tuple[State, History] | None:
         """The newest state that is saved, if there is one. This and the following are what `simulate` calls."""
-        self._store, self._key, self._files = store, key, HistoryFiles(self.folder)
+        self._store, self._key, self._population, self._files = store, key, population, HistoryFiles(self.folder)
         self._journal, self._saving, self._whole = Journal(self.folder), None, False
         self._begun, self._took, self._evaluated = time.monotonic(), 0.0, 0
         self._same: dict | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder / f"lock-{jax.process_index()}")
         self._manager = _manager(self.folder, self.keep, wait=False)
         try:
-            record, step = self._journal.newest(), self._manager.latest_step()
-            if record is not None and step is not None and record[0]["round"] <= step:
-                record = None
-            if record is None and step is None:
+            if _latest(self.folder) is None:
                 return None
-            state, meta = _load(self._manager, self.folder, algorithm, population, key, store, record)
+            state, meta = _load(self._manager, self.folder, algorithm, population, key, store, self._journal)
             done = int(state.server.round)
             history = self._files.read(done, meta["rounds"], meta["evaluations"])
             if done > rounds:
@@ -150,18 +148,21 @@ class Checkpoints:
             self._files.write_evaluation(evaluation)
         self._evaluated = len(evaluations)
         if self._same is None:  # the same after every round
-            self._same = _about(state, self._store, self._key) | {"rounds": self._files.fields()}
+            own = {"population": self._population, "rounds": self._files.fields()}
+            self._same = _about(state, self._store, self._key) | own
         meta = self._same | {"round": round, "evaluations": [e["round"] for e in evaluations]}
         if not self._whole:
             return self._note_down(state, meta)
         self._settle()
         self._files.sync()
-        _save(self._manager, self.folder, state, self._store, meta)
+        with _told():
+            _save(self._manager, self.folder, state, self._store, meta)
         self._saving = round
         if self._stop or round == last:
             self._settle()
         self._begun, self._took = time.monotonic(), time.monotonic() - start
         if self._stop and round < last:
+            self._stop = False
             raise Stopped(round)
 
     def __enter__(self) -> "Checkpoints":
@@ -172,16 +173,19 @@ class Checkpoints:
         try:
             self._files.close()
             self._journal.close()
-            self._manager.close()
+            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):  # which says it already
+                self._manager.close()
         finally:
-            if isinstance(error, OSError):
+            self._lock.close()
+            if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
                 round = self.latest()
                 there = "nothing" if round is None else f"round {round}, which is whole"
                 raise OSError(f"{error}; saved in {self.folder} is {there}") from error
 
     def _settle(self) -> None:
         """The last checkpoint is there, and those before it are forgotten."""
-        self._manager.wait_until_finished()
+        with _told():
+            self._manager.wait_until_finished()
         self._forget_others(self._saving)
 
     def _note_down(self, state: State, meta: dict) -> None:
@@ -194,7 +198,8 @@ class Checkpoints:
 
     def _forget_others(self, round: int | None) -> None:
         """Of clients in a store, what is needed for checkpoints and this round is kept."""
-        rounds = {*self._manager.all_steps(), *(r for r in (self._saving, round) if r is not None)}
+        # those on the disk: Orbax does not name the one before any more as soon as the next is begun
+        rounds = {*_steps(self.folder), *(r for r in (self._saving, round) if r is not None)}
         if self._store is not None and rounds:
             self._store.forget(self.folder, sorted(rounds))
 
@@ -220,12 +225,10 @@ def save_state(folder: str | pathlib.Path, state: State) -> None:
     store = state.clients if isinstance(state.clients, Store) else None
     if store is not None and store.round != round:
         raise ValueError(f"state is of round {round}, its store at {store.round}; allowed: the newest state")
+    there = _latest(folder)
+    if there is not None and there >= round:
+        raise ValueError(f"{folder} has a checkpoint of round {there}; allowed: one of a round before {round}, or none")
     with _manager(folder) as manager:
-        there = manager.latest_step()
-        if there is not None and there >= round:
-            raise ValueError(
-                f"{folder} has a checkpoint of round {there}; allowed: one of a round before {round}, or none"
-            )
         _save(manager, folder, state, store, _about(state, store, None) | {"rounds": None, "evaluations": []})
         manager.wait_until_finished()
     if store is not None:
@@ -255,12 +258,10 @@ def load_state(
     ['no', 'checkpoint']
     """
     folder = pathlib.Path(folder)
-    if not (folder / "server").is_dir():
+    if _latest(folder) is None:
         raise FileNotFoundError(f"{folder} has no checkpoint")
     with _manager(folder) as manager:
-        if manager.latest_step() is None:
-            raise FileNotFoundError(f"{folder} has no checkpoint")
-        return _load(manager, folder, algorithm, population, key, store)[0]
+        return _load(manager, folder, algorithm, population, key, store, Journal(folder))[0]
 
 
 def _about(state: State, store: Store | None, key: Key | None) -> dict:
@@ -270,6 +271,7 @@ def _about(state: State, store: Store | None, key: Key | None) -> dict:
         "round": int(state.server.round),
         "store": store is not None,
         "processes": jax.process_count(),
+        "population": None,
         "shapes": _shapes(carried),
         "key": None if key is None else np.asarray(jax.random.key_data(key)).tolist(),
     }
@@ -283,14 +285,27 @@ def _save(manager, folder: pathlib.Path, state: State, store: Store | None, meta
 
 
 def _load(
-    manager, folder: pathlib.Path, algorithm: Algorithm, population: int, key: Key, store: Store | None, record=None
+    manager,
+    folder: pathlib.Path,
+    algorithm: Algorithm,
+    population: int,
+    key: Key,
+    store: Store | None,
+    journal: Journal,
 ) -> tuple[State, dict]:
-    """The newest checkpoint, or what a record of the journal says."""
-    layout, steps, index, arrays = algorithm.layout or Layout(), manager.all_steps(), None, None
-    if record is None:
-        meta = manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """The newest checkpoint, or what the journal says, if that is newer."""
+    layout, steps, index, arrays = algorithm.layout or Layout(), sorted(manager.all_steps()), None, None
+    record = journal.newest()
+    if record is None or (steps and record[0]["round"] <= steps[-1]):
+        at = folder / "server" / str(steps[-1])
+        with _damaged(at):
+            meta = manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     else:
-        meta, arrays = record
+        (meta, arrays), at = record, folder / "journal"
+    if not isinstance(meta, dict) or not {"round", "store", "processes", "shapes", "key", "rounds"} <= meta.keys():
+        raise ValueError(f"{at} is damaged; allowed: as it was saved")
+    if meta.get("population") not in (None, population):
+        raise ValueError(f"population is {population}; allowed: {meta['population']}, as in {folder}")
     own_key = np.asarray(jax.random.key_data(key)).tolist()
     if meta["key"] not in (None, own_key):
         raise ValueError(f"key is {own_key}; allowed: {meta['key']}, that of the run in {folder}")
@@ -299,11 +314,13 @@ def _load(
     if (shapes := _shapes(abstract)) != meta["shapes"]:
         pairs = zip(meta["shapes"], shapes, strict=False)
         saved, own = next((p for p in pairs if p[0] != p[1]), ("other leaves", "these"))
-        raise ValueError(f"{folder} has {saved}; allowed: {own}, as the algorithm has")
+        split = f", on {layout.devices} devices" if layout.mesh is not None else ""
+        raise ValueError(f"{folder} has {saved}; allowed: {own}, as the algorithm has{split}")
     placed = _placed(abstract, layout)
     if arrays is None:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(placed))
-        restored = manager.restore(steps[-1], args=args)["state"]
+        with _damaged(at):
+            restored = manager.restore(steps[-1], args=args)["state"]
     else:
         leaves, tree = jax.tree.flatten(placed)
         plain = [jax.eval_shape(_plain, leaf) for leaf in leaves]
@@ -323,6 +340,39 @@ def _load(
     into.open(algorithm, init_key, population)
     into.load(folder, steps, meta["processes"], index)
     return State(server=restored, clients=into if store is not None else _stacked(into, whole.clients, layout)), meta
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """The rounds of checkpoints that are whole."""
+    return [int(path.name) for path in (folder / "server").glob("*") if path.name.isdigit()]
+
+
+def _latest(folder: pathlib.Path) -> int | None:
+    record = Journal(folder).newest()
+    return max([*_steps(folder), *([] if record is None else [record[0]["round"]])], default=None)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What fails when Orbax writes is an OSError, as TensorStore says of a full disk that a value is bad."""
+    try:
+        yield
+    except (OSError, AssertionError):
+        raise
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise OSError(f"a checkpoint could not be written, {type(error).__name__}: {said}") from error
+
+
+@contextlib.contextmanager
+def _damaged(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is damaged, {type(error).__name__}: {said}; allowed: as it was saved") from error
 
 
 def _stacked(store: Store, shapes: ClientState, layout: Layout) -> ClientState:

@@ -646,6 +646,9 @@ def _validate_trust(config: Experiment, method: MethodConfig, check: Callable[[b
     at_client = private and method.noise_at == "client"
     raw = method.directions == "downlink" or (method.codec == "identity" and method.bits is None)
     check(not at_client or raw, "noise_at", "'server' with a codec or bits on the way up, as such messages have no sum")
+    check(not at_client or method.attack is None, "attack", "null with noise at the client, who is to add it as told")
+    few = method.aggregation == "trimmed_mean" and config.cohort is not None and method.trim * config.cohort < 1
+    check(not few, "trim", f"one of a cohort of {config.cohort} at least, or there is nothing to trim")
     complete = there.dropout == 0 and there.first is None
     check(not at_client or complete, "noise_at", "'server' with participation.dropout or first, as noise gets lost")
 

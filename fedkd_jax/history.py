@@ -104,19 +104,26 @@ class HistoryFiles:
         """Lets go of what it holds open."""
         if self._file is not None:
             os.close(self._file)
+            self._file = None
 
     def _evaluation(self, round: int) -> pathlib.Path:
         return self.folder / f"evaluation-{round}.npz"
 
     def _read_evaluation(self, round: int) -> dict:
         evaluation: dict = {}
-        with np.load(self._evaluation(round)) as file:
-            for keys, value in file.items():
-                *path, last = json.loads(keys)
-                inner = evaluation
-                for key in path:
-                    inner = inner.setdefault(key, {})
-                inner[last] = value if value.ndim else value.item()
+        try:
+            with self._evaluation(round).open("rb") as opened, np.load(opened) as file:
+                for keys, value in file.items():
+                    *path, last = json.loads(keys)
+                    inner = evaluation
+                    for key in path:
+                        inner = inner.setdefault(key, {})
+                    inner[last] = value if value.ndim else value.item()
+        except OSError:
+            raise
+        except Exception as error:  # whatever a strange file does to NumPy
+            said = f"{self._evaluation(round)} is damaged, {type(error).__name__}: {error}"
+            raise ValueError(f"{said}; allowed: as it was saved") from error
         return evaluation
 
 

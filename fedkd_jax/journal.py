@@ -75,7 +75,7 @@ class Journal:
 
 @functools.cache
 def _boot() -> str:
-    """Which time since the machine was started this is, where the system tells."""
+    """Which time since the machine was started this is; "" where the system does not tell, and a journal never counts."""
     path = pathlib.Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 
@@ -126,7 +126,7 @@ def _read_about(path: pathlib.Path) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     known = isinstance(about, dict) and type(about.get("round")) is int
-    return about if known and about.get("boot") == _boot() else None
+    return about if known and about.get("boot") == _boot() != "" else None
 
 
 def _read_arrays(path: pathlib.Path, shapes: Sequence[tuple[Any, Sequence[int]]]) -> list[np.ndarray]:

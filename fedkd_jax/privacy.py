@@ -7,9 +7,10 @@ K. Of no update more than C = max_norm is counted, all weigh the same, and the s
 
 What holds: neighbours differ in all the data of one client, who is replaced by another (cohorts have a fixed size, so nobody
 can be left out); that moves the sum by 2 C at most. All that follows from releases is as private as they are: the server's
-steps, the downlink's codec with its ranks, what is evaluated of the shared model. What is not covered: the messages, their
-ranks and sizes, and the losses that a `RoundInfo` reports, all of which the server, who is trusted, sees in the clear; and a
-client's own teacher, which has learned from its data without noise, and never leaves it.
+steps, the downlink's codec with its ranks, what the shared model says of anybody else's data. What is not covered: the
+messages, their ranks and sizes, and the losses that a `RoundInfo` reports, all of which the server, who is trusted, sees in the
+clear; scores on clients' own test examples; and a client's own teacher, which has learned from its data without noise, and
+never leaves it. Noise and cohorts follow from the run's key: who has it, or the config with its seed, can take the noise away.
 
 - Clipping is where it counts, on what the server has decoded, after compression. A truncated SVD is a projection, so it does
   not lengthen an update, but rounding to few bits may, and hostile clients need not clip.
@@ -29,11 +30,12 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from fedkd_jax.aggregate import clip_update
+from fedkd_jax.aggregate import all_finite, clip_update
 from fedkd_jax.check import check_int, check_number
-from fedkd_jax.types import Aggregator, Key, Number, PyTree, SendFn
+from fedkd_jax.types import Aggregator, Key, Leaf, Number, PyTree, SendFn
 
 
 def add_noise(tree: PyTree, std: Number, key: Key) -> PyTree:
@@ -72,7 +74,9 @@ def private_send(max_norm: Number, noise_multiplier: Number, cohort: int) -> Sen
     """`send_fn` of clients who clip and add their part of the noise themselves, N(0, (z C)^2 / K), before a message is encoded.
 
     The K parts add up to `private_mean`'s noise, for whoever sees the sum only. Give the round `aggregator=fixed_mean()` and
-    uniform weights. A message that is lost takes its noise with it: n of K have that of z sqrt(n / K).
+    `weight_fn=fixed_weight`, by which clients without examples send noise, too; of a message that is not finite only noise is
+    sent. A message that is lost takes its noise with it, and so does one of a client whose new state is not finite: n of K
+    have that of z sqrt(n / K).
 
     Raises:
         ValueError: C not above 0, z below 0, K below 1.
@@ -84,7 +88,12 @@ def private_send(max_norm: Number, noise_multiplier: Number, cohort: int) -> Sen
     _check_noise(noise_multiplier)
     check_int("cohort", cohort)
     clip, std = clip_update(max_norm), noise_multiplier * max_norm / math.sqrt(cohort)
-    return lambda message, client_id, key: add_noise(clip(message), std, key)
+
+    def send(message: PyTree, client_id: Leaf, key: Key) -> PyTree:
+        finite = all_finite(message)
+        return add_noise(clip(jax.tree.map(lambda x: jnp.where(finite, x, 0), message)), std, key)
+
+    return send
 
 
 def fixed_mean() -> Aggregator:

@@ -301,9 +301,11 @@ def _carried(payload: Payload, wire: Wire | None, *, round, **of) -> Payload:
     nothing = jnp.asarray(round) >> 31  # 0, which XLA does not know
 
     def exact(x):
+        x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        bits = jax.lax.bitcast_convert_type(x, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize])
+        kind = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, kind)
         return jax.lax.bitcast_convert_type(bits ^ nothing.astype(bits.dtype), x.dtype)
 
     payload = dataclasses.replace(payload, content=jax.tree.map(exact, payload.content))

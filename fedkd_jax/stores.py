@@ -4,13 +4,14 @@ A checkpoint is an index of rows: what it refers to is not written over, the cli
 """
 
 import contextlib
+import fcntl
 import functools
 import mmap
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,11 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         path.with_suffix(".tmp").rename(path)
+        names = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(names)
+        finally:
+            os.close(names)
 
     def index(self, folder: pathlib.Path, round: int, *, sync: bool) -> dict[str, Any]:
         """Which file of `folder` and slot each client's row is in after this round; from now on they stay as they are.
@@ -209,6 +215,7 @@ class Store:
         for p in range(processes):
             path = folder / f"index-{rounds[-1]}{_part(p, processes)}.npz"
             said = _read_index(path) if index is None else index
+            _check_index(path, said)
             if not np.array_equal(said["key"], self._key) or said["row_bytes"] != self.row_bytes:
                 raise ValueError(f"{path} is of another run's clients; allowed: the same algorithm and key")
             ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
@@ -322,6 +329,7 @@ class DiskStore(Store):
 
     Raises:
         FileExistsError: the folder already has such a file, without `resume`.
+        BlockingIOError: another store has the file open.
 
     >>> import optax, tempfile
     >>> from fedkd_jax import local_only, mlp
@@ -338,11 +346,16 @@ class DiskStore(Store):
         super().__init__()
         self.path = pathlib.Path(folder) / f"clients{_part()}.bin"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL), 0o644)
+        try:
+            _lock(file, self.path)
+        except BlockingIOError:
+            os.close(file)
+            raise
         needed = [*self.path.parent.glob("index-*.npz"), *self.path.parent.glob("journal-*.bin")]
         if resume and not needed:  # no checkpoint: what is there is of no use
-            flags |= os.O_TRUNC
-        self._disk = _Files([(self.path, os.open(self.path, flags, 0o644))])
+            os.ftruncate(file, 0)
+        self._disk = _Files([(self.path, file)])
 
     def open(self, algorithm: Algorithm, key: Key, population: int | None = None) -> None:
         super().open(algorithm, key, population)
@@ -473,6 +486,11 @@ def _read_index(path: pathlib.Path) -> Mapping[str, np.ndarray]:
         raise
     except Exception as error:  # whatever a strange file does to NumPy
         raise ValueError(f"{path} is damaged, {type(error).__name__}: {error}; allowed: as it was saved") from error
+    _check_index(path, said)
+    return said
+
+
+def _check_index(path: pathlib.Path, said: Mapping[str, np.ndarray]) -> None:
     ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
     flat = (
         all(x.ndim == 1 and x.dtype.kind in "iu" for x in (ids, slots)) and files.ndim == 1 and files.dtype.kind == "U"
@@ -487,7 +505,40 @@ def _read_index(path: pathlib.Path) -> Mapping[str, np.ndarray]:
         or said["row_bytes"].shape != ()
     ):
         raise ValueError(f"{path} is damaged; allowed: a row for each id, and files of its folder, as it was saved")
-    return said
+
+
+def lock(path: pathlib.Path) -> IO[bytes]:
+    """A file that nobody else can lock until it is closed, or its process ends, however it ends.
+
+    Raises:
+        BlockingIOError: somebody else has.
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "lock"
+    >>> with lock(path):
+    ...     try: lock(path)
+    ...     except BlockingIOError as error: print(str(error).rsplit("; ")[-1])
+    allowed: one at a time
+    >>> lock(path).close()
+    """
+    file = path.open("wb")
+    try:
+        _lock(file.fileno(), path)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
+
+
+def _lock(file: int, path: pathlib.Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"{path} is of a run that goes on, or a store that is open; allowed: one at a time"
+        ) from None
+    except OSError:  # of a file system that has no locks
+        pass
 
 
 def _part(process: int | None = None, processes: int | None = None) -> str:

@@ -1,8 +1,8 @@
 """Every message of a run as bytes: a `wire` for `federated_round` that serialises, seals, opens, deserialises and measures.
 
 Within a compiled round it is an `io_callback`, not a `pure_callback`, which XLA may leave out, repeat or share: sealing counts
-messages. It is not an ordered one, which neither `vmap` nor a program over several devices allows; a client sends one message
-a round and waits for the answer, which keeps the order that a channel needs.
+messages. It is not an ordered one, which neither `vmap` nor a program over several devices allows; a message is sealed and
+opened in one call, which keeps the order that a channel needs.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Transport:
     An empty message is not sent. One that leaves but is not heard, as it comes too late, is sealed and not opened. The way
     down the server serialises once and seals for each client of the cohort, and each opens its own.
 
-    A process has the ends of its own clients: it does not go over several.
+    It has both ends of a client's channel from the first message on, 5 kB a client. It does not go over several processes.
 
     >>> import optax
     >>> from fedkd_jax import fedavg, mlp, simulate
@@ -59,6 +59,8 @@ class Transport:
         >>> Transport()(payload, direction="down", round=0, client=jnp.arange(2)).content.tolist()
         [0.0, 1.0, 2.0]
         """
+        if jax.process_count() > 1:
+            raise ValueError(f"wire is a Transport in {jax.process_count()} processes; allowed: in one")
         if not jax.tree.leaves(payload.content):
             return payload
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), payload.content)

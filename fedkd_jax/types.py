@@ -187,8 +187,8 @@ class Aggregator(NamedTuple):
     """
 
     bound: Callable[[PyTree], PyTree] | None = None  # (update) -> update, of each client by itself
-    # (updates [K], weights [K]) -> update, instead of the mean, which is added up as updates come: all K are held at once.
-    # Updates of weight zero may hold anything
+    # (updates [K], weights [K]) -> update, instead of the mean, which is added up as updates come: all K are held at once, and
+    # several copies of them. Updates of weight zero may hold anything. In federated dropout every number has weights of its own
     combine: Callable[[PyTree, Leaf], PyTree] | None = None
     # (sum of the updates, key) -> sum; the sum is then divided by K, however many of the cohort are counted, so that no
     # client's weight depends on another's

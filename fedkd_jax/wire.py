@@ -2,8 +2,9 @@
 
     message = version [1] | template [16] | parts               sealed = nonce [12] | AES-256-GCM of the message | tag [16]
 
-The template is a digest of all names, shapes, dtypes and widths of a payload, which both ends know from model and codec; so
-none of them is taken from a message, and nothing is allocated on its word. Parts come leaf by leaf, little-endian:
+The template is a digest of names, shapes, dtypes and widths of a payload, which both ends know from model and codec; so none of
+them is taken from a message, and nothing is allocated on its word. What a sparse or sketched message stands for is in it by
+its size only. Parts come leaf by leaf, little-endian:
 
     any array                its entries
     `Factored`, b matrices   a bit for each, whether as factors; ranks int32; columns of left; rows of right; raw matrices
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +73,7 @@ def deserialise(message: bytes, like: Payload) -> Payload:
     """The payload that a message holds, all arrays in NumPy, bit for bit as `serialise` was given it.
 
     Nothing that is not of the template is accepted, and of what is there is one message only: `serialise` of the result is
-    `message` again. Memory is bounded by the template's arrays and the message's length, whatever it says.
+    `message` again. Memory is a small multiple of the template's arrays and the message's length, whatever it says.
 
     Args:
         message: of `serialise`.
@@ -232,7 +234,7 @@ class _Reader:
 
 
 def _refused(io, value, allowed) -> WireError:
-    return WireError(f"message has {value} in {_name(io.path)}; allowed: {allowed}")
+    return WireError(f"message has {value} in {_name(io.path) or 'its content'}; allowed: {allowed}")
 
 
 def _pack(entries: np.ndarray, bits: int) -> bytes:
@@ -294,6 +296,8 @@ def _sparse(io, x: Sparse) -> Sparse:
         indices = io.array(indices, WHOLE)
         if len(indices) and not (indices.min() >= 0 and indices.max() < size):
             raise _refused(io, f"places {indices.min()} to {indices.max()}", f"0 to {size - 1}")
+        if len(np.unique(indices)) != len(indices):
+            raise _refused(io, "a place twice", "each once")
     return dataclasses.replace(x, values=values, indices=indices)
 
 
@@ -352,6 +356,7 @@ class Channel:
         self._cipher, self._run, self._client = AESGCM(key), run, client
         self._sends, self._gets = DIRECTIONS if side == "client" else DIRECTIONS[::-1]
         self._sent = self._got = 0  # the numbers of the next messages
+        self._lock = threading.Lock()
 
     def _known(self, direction: str, round: int) -> bytes:
         check_int("round", round, 0, 2**63 - 1)
@@ -365,7 +370,8 @@ class Channel:
         >>> end.seal(b"", 0)[:12] != end.seal(b"", 0)[:12]
         True
         """
-        nonce, self._sent = struct.pack(">IQ", DIRECTIONS.index(self._sends), self._sent), self._sent + 1
+        with self._lock:
+            nonce, self._sent = struct.pack(">IQ", DIRECTIONS.index(self._sends), self._sent), self._sent + 1
         return nonce + self._cipher.encrypt(nonce, message, self._known(self._sends, round))
 
     def open(self, sealed: bytes, round: int) -> bytes:
@@ -390,8 +396,9 @@ class Channel:
             own = f"{of} of round {round}, as it was sealed"
             raise WireError(f"message was changed or is another; allowed: {own}") from None
         _, number = struct.unpack(">IQ", nonce)
-        if number < self._got:
-            later = f"{self._got} and more, it was opened or a later one was"
-            raise WireError(f"message has number {number} of {of}; allowed: {later}")
-        self._got = number + 1
+        with self._lock:
+            if number < self._got:
+                later = f"{self._got} and more, it was opened or a later one was"
+                raise WireError(f"message has number {number} of {of}; allowed: {later}")
+            self._got = number + 1
         return message

@@ -150,7 +150,7 @@ def write_options(folder: pathlib.Path, options: Options) -> None:
     ...     write_options(pathlib.Path(where), Options(chunk="4")); read_options(pathlib.Path(where)).chunk
     '4'
     """
-    own = dataclasses.asdict(dataclasses.replace(options, out=None, resume=None, processes=None))
+    own = dataclasses.asdict(dataclasses.replace(options, out=None, resume=None, processes=None, wire=False))
     _replace_text(folder / "options.json", json.dumps(own, indent=1) + "\n")
 
 

@@ -199,6 +199,7 @@ ANYTHING = {
     "token_accuracy": "no function",
     "example_weight": "a traced count",
     "uniform_weight": "a traced count",
+    "fixed_weight": "a traced count",
     "client_key": "traced numbers; JAX names what is no key",
     "take": "ids past the end are clamped",
     "take_clients": "ids past the end are clamped",
@@ -345,7 +346,7 @@ BAD = {
     "attacked": {"attack_fn": FN, "hostile": FN},
     "sign_flip": {"scale": [(0, V), *POSITIVE]},
     "scaled": {"factor": POSITIVE[1:]},
-    "label_flip": {"data": KIND, "hostile": FN, "classes": COUNT},
+    "label_flip": {"data": KIND, "hostile": FN, "classes": [(1, V), *COUNT]},
     "private_mean": {"max_norm": [(0, V), *POSITIVE], "noise_multiplier": POSITIVE},
     "private_send": {"max_norm": [(0, V), *POSITIVE], "noise_multiplier": POSITIVE, "cohort": COUNT},
     "privacy_spent": {

@@ -1,5 +1,6 @@
 """Laws of `fedkd_jax.checkpoint`: a run goes on from disk to the same bits, whatever happened after it was saved."""
 
+import dataclasses
 import errno
 import functools
 import os
@@ -17,7 +18,18 @@ import pytest
 import strategies
 import two_processes
 
-from fedkd_jax import Checkpoints, DiskStore, HostStore, Layout, Stopped, load_state, save_state, simulate
+from fedkd_jax import (
+    Checkpoints,
+    DiskStore,
+    HostStore,
+    Layout,
+    Stopped,
+    checkpoint,
+    journal,
+    load_state,
+    save_state,
+    simulate,
+)
 
 KEY = jax.random.key(23)
 DATA = strategies.small_data()
@@ -61,11 +73,11 @@ def test_a_run_that_was_killed_goes_on_from_its_store(tmp_path, to):
     run(state, rounds=2)
     store.close()
     for _ in range(2):
-        back = load_state(
-            tmp_path, algorithm(), 5, KEY, store=HostStore() if to == "host" else DiskStore(tmp_path, resume=True)
-        )
+        store = HostStore() if to == "host" else DiskStore(tmp_path, resume=True)
+        back = load_state(tmp_path, algorithm(), 5, KEY, store=store)
         assert int(back.server.round) == 3
         finished(run(back))
+        store.close()
 
 
 def test_every_round_may_be_saved_and_space_is_used_again(tmp_path):
@@ -120,18 +132,22 @@ def test_a_file_that_is_cut_is_told(tmp_path):
     save_state(tmp_path / "a", run(store=store))
     with open(store.path, "r+b") as file:
         file.truncate(store.row_bytes)
-    with pytest.raises(FileNotFoundError, match=r"clients\.bin has \d+ bytes; allowed: "):
-        load_state(tmp_path / "a", algorithm(), 5, KEY, store=DiskStore(tmp_path / "a", resume=True))
+    with pytest.raises(BlockingIOError, match=r"clients\.bin is of a run that goes on, .*; allowed: one at a time"):
+        DiskStore(tmp_path / "a", resume=True)
     store.close()
     with pytest.raises(ValueError, match="the store is closed"):
         store.take(np.arange(5))
+    with pytest.raises(FileNotFoundError, match=r"clients\.bin has \d+ bytes; allowed: "):
+        load_state(tmp_path / "a", algorithm(), 5, KEY, store=DiskStore(tmp_path / "a", resume=True))
 
 
 def test_what_a_file_holds_is_never_written_over_by_a_new_run(tmp_path):
     store = DiskStore(tmp_path)
     save_state(tmp_path, run(store=store))
     store.close()
-    run(store=DiskStore(tmp_path, resume=True))  # begins anew, in the same file
+    store = DiskStore(tmp_path, resume=True)
+    run(store=store)  # begins anew, in the same file
+    store.close()
     finished(run(load_state(tmp_path, algorithm(), 5, KEY, store=DiskStore(tmp_path, resume=True))))
 
 
@@ -230,6 +246,36 @@ def test_the_same_call_again_is_a_run_in_one_piece(where, tmp_path):
         same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
     with pytest.raises(ValueError, match="rounds is 5; allowed: at least 6, as are done in "):
         saved_run(tmp_path, where, total=5)
+    fewer = dataclasses.replace(DATA, start=DATA.start[:4], count=DATA.count[:4])
+    with pytest.raises(ValueError, match="population is 4; allowed: 5, as in "):
+        simulate(algorithm(), 4, fewer, KEY, rounds=6, cohort=2, checkpoints=Checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["device", "disk"])
+def test_a_journal_is_gone_on_from_by_hand_too_but_not_after_a_start_of_the_machine(where, tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        saved_run(tmp_path, where, total=3, on_rounds=killed_after(3))
+    store = stored(where, tmp_path)
+    back = load_state(tmp_path, algorithm(), 5, KEY, store=store)
+    assert int(back.server.round) == 2
+    if store is not None:
+        store.close()
+    monkeypatch.setattr(journal, "_boot", lambda: "another")
+    assert Checkpoints(tmp_path).latest() is None
+    monkeypatch.setattr(journal, "_boot", lambda: "")  # of a system that does not tell
+    saved_run(tmp_path, where, total=1)
+    assert Checkpoints(tmp_path).latest() == 1
+    assert journal.Journal(tmp_path).newest() is None
+    monkeypatch.undo()
+    same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path):
+    """And after an error free again."""
+    again = lambda done, _: saved_run(tmp_path)  # noqa: E731
+    with pytest.raises(BlockingIOError, match=r"lock-0 is of a run that goes on, .*; allowed: one at a time"):
+        saved_run(tmp_path, on_rounds=again)
+    same_as_in_one_piece(tmp_path, "device", *saved_run(tmp_path))
 
 
 @pytest.mark.parametrize(("was", "now"), [("device", "disk"), ("disk", "device"), ("host", "disk"), ("disk", "host")])
@@ -299,6 +345,27 @@ def test_a_disk_that_is_full_is_told_and_what_was_saved_is_whole(where, tmp_path
     monkeypatch.undo()
     assert Checkpoints(tmp_path).latest() in range(1, 6)
     same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
+
+
+def test_what_fails_when_orbax_writes_is_told_as_the_disks(tmp_path, monkeypatch):
+    def save(*_):
+        raise ValueError("NOT_FOUND: Error writing: File too large\nand more")
+
+    monkeypatch.setattr(checkpoint, "_save", save)
+    with pytest.raises(
+        OSError, match=r"could not be written, ValueError: NOT_FOUND.*File too large; saved in .* is round 5"
+    ):
+        saved_run(tmp_path)
+    monkeypatch.undo()
+    same_as_in_one_piece(tmp_path, "device", *saved_run(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["evaluation-4.npz", "server/6/meta/metadata"])
+def test_what_is_damaged_is_told(file, tmp_path):
+    saved_run(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:7])
+    with pytest.raises(ValueError, match=r" is damaged, .*; allowed: as it was saved"):
+        saved_run(tmp_path, total=7)
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):

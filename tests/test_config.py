@@ -143,6 +143,11 @@ IMPOSSIBLE = {
         "methods.a.noise_at",
         "have no sum",
     ),
+    "{hostile: 0.2, methods: {a: {noise: 1, clip: 1, weighting: uniform, noise_at: client, attack: scale}}}": (
+        "methods.a.attack",
+        "null with noise at the client",
+    ),
+    "{cohort: 4, methods: {a: {aggregation: trimmed_mean, trim: 0.2}}}": ("methods.a.trim", "nothing to trim"),
     "{participation: {dropout: 0.1}, methods: {a: {noise: 1, clip: 1, weighting: uniform, noise_at: client}}}": (
         "methods.a.noise_at",
         "noise gets lost",

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from fedkd_jax import (
     coordinate_median,
     federated_round,
     fixed_mean,
+    fixed_weight,
     privacy_spent,
     private_mean,
     private_send,
@@ -67,7 +67,7 @@ def test_with_sampling_epsilon_covers_a_client_who_turns_his_update_round(z, coh
     assert np.trapezoid(excess, x) <= delta * (1 + 1e-4)
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(multipliers, st.integers(1, 19), st.integers(1, 50))
 def test_noise_and_sampling_save_and_rounds_cost(z, cohort, rounds):
     spent = functools.partial(privacy_spent, population=20)
@@ -102,15 +102,15 @@ def test_what_cannot_be_accounted_is_told(arguments, said):
 SHAPE = (12, 8)
 
 
-def release_round(layout=None, **options):
+def release_round(layout=None, weight_fn=uniform_weight, **options):
     """Clients send their one input."""
     local = lambda server, client, data, key: LocalResult(  # noqa: E731
         client=client, message={"w": jnp.asarray(data.inputs)[data.start]}, terms=task_terms()
     )
-    return jax.jit(federated_round(local, weight_fn=uniform_weight, layout=layout, **options))
+    return jax.jit(federated_round(local, weight_fn=weight_fn, layout=layout, **options))
 
 
-def release(run, messages, ids=None, turn=None, round=0):
+def release(run, messages, ids=None, turn=None, round=0, count=None):
     k = len(messages)
     ids = np.arange(k) if ids is None else np.array(ids)
     server = ServerState(
@@ -120,7 +120,11 @@ def release(run, messages, ids=None, turn=None, round=0):
         round=jnp.int32(round),
     )
     data = FederatedData(
-        inputs=messages, labels=np.zeros(k, np.int32), start=np.arange(k), count=np.ones(k, np.int32), max_count=1
+        inputs=messages,
+        labels=np.zeros(k, np.int32),
+        start=np.arange(k),
+        count=np.ones(k, np.int32) if count is None else count,
+        max_count=1,
     )
     server, _, info = run(server, ClientState(teacher=jnp.zeros(k)), data, jnp.asarray(ids), KEY, turn)
     return np.asarray(server.params["w"]), info
@@ -163,14 +167,15 @@ BOUND_ONLY = release_round(aggregator=Aggregator(bound=clip_update(1.5)))
 
 @pytest.mark.parametrize("at", ["server", "client"])
 def test_the_noise_has_the_deviation_it_should(at):
-    """Of 40,000 numbers: the deviation of a sample's is 0.35 %."""
+    """Of 40,000 numbers: the deviation of a sample's is 0.35 %. Clients send theirs without an example, and for a NaN."""
     z, bound, k = 3.0, 2.0, 4
     options = {
         "server": dict(aggregator=private_mean(bound, z)),
-        "client": dict(aggregator=fixed_mean(), send_fn=private_send(bound, z, cohort=k)),
+        "client": dict(aggregator=fixed_mean(), send_fn=private_send(bound, z, cohort=k), weight_fn=fixed_weight),
     }[at]
     run, zeros = release_round(**options), np.zeros((k, 200, 200), np.float32)
-    one, other = (release(run, zeros, round=t)[0] for t in (0, 1))
+    zeros[2] = np.nan
+    one, other = (release(run, zeros, round=t, count=np.array([1, 0, 1, 1], np.int32))[0] for t in (0, 1))
     for noise in (one, other):
         assert abs(noise.std() / (z * bound / k) - 1) < 0.03
         assert abs(noise.mean()) < 0.05 * z * bound / k
@@ -225,9 +230,8 @@ def test_impossible_noise_is_an_error(build, said):
         build()
 
 
-def test_noise_is_of_the_client_and_round():
+def test_noise_is_another_for_every_leaf():
     send = private_send(1.0, 1.0, cohort=1)
     message = {"w": jnp.zeros(50), "v": jnp.zeros(50)}
     noised = send(message, 0, KEY)
-    chex.assert_trees_all_equal(noised, send(message, 0, KEY))
     assert abs(np.corrcoef(noised["w"], noised["v"])[0, 1]) < 0.5

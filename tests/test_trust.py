@@ -129,7 +129,8 @@ def test_a_hostile_client_moves_a_mean_of_bounded_updates_by_no_more_than_its_sh
 @pytest.mark.parametrize("name", ["fedavg", "fetchsgd"])
 def test_a_release_of_any_method_can_be_noised(name):
     still = params(name, "noise 0")
-    assert distance(params(name, "noise 0", ATTACKED), still) <= 2 * 0.5 / 5 * 1.5 or name == "fetchsgd"
+    if name != "fetchsgd":  # whose server takes the largest numbers of the sum
+        assert distance(params(name, "noise 0", ATTACKED), still) <= 2 * 0.5 / 5 * 1.5
     assert distance(params(name, "noise"), still) > 1
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedkd_jax.aggregate import fixed_weight
 from fedkd_jax.algorithms.fedavg import task_step
 from fedkd_jax.check import check_number
 from fedkd_jax.codecs import init_codec
@@ -148,7 +149,7 @@ def scaffold(
         local,
         uplink=uplink,
         downlink=downlink,
-        weight_fn=lambda count: jnp.ones((), jnp.float32),
+        weight_fn=fixed_weight,
         server_optimizer=server_optimizer,
         send_fn=send_fn,
         aggregator=given._replace(combine=given.combine and combined),
