@@ -21,9 +21,10 @@ def check_int(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> N
     ... except TypeError as error: print(error)
     rounds is 2.0; allowed: an integer, at least 1
     """
-    allowed = (
-        f"at least {least}" if most == 2**31 - 1 and (not _whole(value) or value < least) else f"{least} to {most}"
-    )
+    short = most == 2**31 - 1 and (not _whole(value) or value < least)
+    allowed = f"at least {least}" if short else f"{least} to {most}"
+    if (least, most) == (-(2**31), 2**31 - 1):  # the caller has bounds of its own
+        allowed = "of 32 bits"
     if not _whole(value):
         raise TypeError(f"{name} is {value!r}; allowed: an integer, {allowed}")
     if not least <= value <= most:
@@ -72,7 +73,8 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], allowed: st
     seed is '0'; allowed: an instance of int
     """
     if not isinstance(value, kind):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise TypeError(f"{name} is {value!r}; allowed: {allowed or f'an instance of {names}'}")
 
 

@@ -302,9 +302,10 @@ def load_config(path: str | pathlib.Path) -> Experiment:
     ...     except ConfigError as error: print(str(error).split(";")[0])
     data.alhpa is 0.1
     """
-    text = pathlib.Path(path).read_bytes()
+    with pathlib.Path(path).open("rb") as file:
+        text = file.read(MOST_BYTES + 1)
     if len(text) > MOST_BYTES:
-        raise ConfigError(str(path), f"{len(text)} bytes", f"a YAML file of at most {MOST_BYTES}")
+        raise ConfigError(str(path), f"more than {MOST_BYTES} bytes", f"a YAML file of at most {MOST_BYTES}")
     try:
         raw = yaml.load(text.decode(), _Loader)
     except Exception as error:  # PyYAML's own, and whatever its constructors make of a strange tag or of deep nesting

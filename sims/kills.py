@@ -1,9 +1,11 @@
 """`python -m sims.kills [CONFIG] [--count 100]`: kills runs at random moments, has them go on, and compares.
 
-For each store a run of `sims.run` with a checkpoint after every round ends undisturbed. The same run, begun anew, is killed
-(SIGKILL) at a random moment and resumed, again and again; when it comes to its end all of it must be the same to the bit: the
-states of server and clients, what happened in each round, each evaluation, the metrics. Then it begins anew, until there were
-so many kills. Nine of ten moments are drawn from the time in which rounds run and checkpoints are written, one from the start.
+For each store a run of `sims.run` ends undisturbed that has a journal of every round and checkpoints by Orbax as often as it
+lets itself. The same run, begun anew, is killed (SIGKILL) at a random moment and resumed, again and again; when it comes to
+its end all of it must be the same to the bit: the states of server and clients, what happened in each round, each evaluation,
+the metrics. Then it begins anew, until there were so many kills. Nine of ten moments are drawn from the time in which rounds
+run and checkpoints are written, one from the start. After a quarter of the kills the journal is deleted, which is what a
+start of the machine does to it.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from fedkd_jax.config import load_config
 from sims import common, hardware, placement
 
 STARTING = 0.1  # the share of kills before the first round is done
+REBOOTS = 0.25  # so many kills are followed by what a start of the machine does: the journal counts no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +54,25 @@ def command(options: Kills, store: str, folder: pathlib.Path) -> list[str]:
     """Begins the run, or goes on with it.
 
     >>> command(Kills(), "disk", pathlib.Path("nowhere"))[-4:]
-    ['--save-rounds', '1', '--out', 'nowhere']
+    ['--save-minutes', '0', '--out', 'nowhere']
     """
     begin = [sys.executable, "-m", "sims.run"]
     if (folder / "config.yaml").exists():
         return [*begin, "--resume", str(folder)]
     shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun
     flags = ["--method", options.method, "--rounds", str(options.rounds), "--eval-every", "3", "--store", store]
-    return [*begin, options.config, *flags, *options.flags, "--save-rounds", "1", "--out", str(folder)]
+    return [
+        *begin,
+        options.config,
+        *flags,
+        *options.flags,
+        "--save-rounds",
+        "1",
+        "--save-minutes",
+        "0",
+        "--out",
+        str(folder),
+    ]
 
 
 def changed(path: pathlib.Path) -> float:
@@ -143,7 +157,7 @@ def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progr
     for attempt in range(2):  # the second finds its programs compiled: so long does a run take
         folder = whole if attempt == 0 else where / f"{store}-again"
         seconds = run_until(command(options, store, folder), folder, env, None, False) or 0.0
-    expected, kills, in_save, ended = results(whole), 0, 0, 0
+    expected, kills, in_save, ended, reboots = results(whole), 0, 0, 0, 0
     wrong = differ(expected, results(folder))
     folder = where / f"{store}-0"
     progress.update(task, description=store)
@@ -153,6 +167,10 @@ def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progr
         if run_until(command(options, store, folder), folder, env, moment, starting) is None:
             kills += 1
             in_save += any((folder / "checkpoint").glob("**/*tmp*"))
+            if draw.random() < REBOOTS:
+                reboots += 1
+                for path in (folder / "checkpoint").glob("journal-*.bin"):
+                    path.unlink()
             progress.update(task, completed=kills)
             continue
         wrong += differ(expected, results(folder))
@@ -162,7 +180,7 @@ def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progr
         "store": store,
         "kills": str(kills),
         "within a save": str(in_save),
-        "resumed": str(kills),
+        "without a journal": str(reboots),
         "ends compared": str(ended),
         "differences": ", ".join(wrong) or "0",
     }

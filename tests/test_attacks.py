@@ -76,6 +76,11 @@ def test_labels_of_the_hostile_are_mirrored_and_nothing_else_is(bad, seed, unans
     chex.assert_trees_all_equal(label_flip(flipped, hostile, strategies.TARGETS), data)
 
 
+def test_a_label_beyond_the_classes_is_told():
+    with pytest.raises(ValueError, match=r"classes is 1; allowed: [23] and more, for the labels of client 0"):
+        label_flip(strategies.small_data(), lambda i: i == 0, 1)
+
+
 def test_labels_of_a_source_and_of_stacked_clients_are_the_same():
     data, hostile = strategies.small_data(), lambda i: i % 2 == 0
     whole, ids = label_flip(data, hostile, strategies.TARGETS), np.array([4, 1, 2])

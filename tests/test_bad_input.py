@@ -346,7 +346,7 @@ BAD = {
     "attacked": {"attack_fn": FN, "hostile": FN},
     "sign_flip": {"scale": [(0, V), *POSITIVE]},
     "scaled": {"factor": POSITIVE[1:]},
-    "label_flip": {"data": KIND, "hostile": FN, "classes": [(1, V), *COUNT]},
+    "label_flip": {"data": KIND, "hostile": FN, "classes": COUNT},
     "private_mean": {"max_norm": [(0, V), *POSITIVE], "noise_multiplier": POSITIVE},
     "private_send": {"max_norm": [(0, V), *POSITIVE], "noise_multiplier": POSITIVE, "cohort": COUNT},
     "privacy_spent": {

@@ -104,6 +104,7 @@ def _path(folder):
     return None if folder is None else pathlib.Path(os.path.expanduser(folder))
 
 
+MOST_CLASSES = 2**20
 DAMAGED = "allowed: files as they were prepared; what is deleted in the cache is prepared again"
 
 
@@ -294,7 +295,11 @@ def _read(builder, split, white, natural=None):
         blocks.append(_stack([row[input_key] for row in rows], white, name))
         labels += [row["label"] for row in rows]
         owners += [row[natural] for row in rows] if natural is not None else []
-    labels = np.asarray(labels, np.int32)
+    wide = np.asarray(labels)
+    if wide.min(initial=0) < -MOST_CLASSES or wide.max(initial=0) >= MOST_CLASSES:
+        said = f"{wide.min()} to {wide.max()}"
+        raise ValueError(f"{name} has labels {said}; allowed: numbers of at most {MOST_CLASSES} classes")
+    labels = wide.astype(np.int32)
     # A plain integer has no names: its classes are then the numbers up to the largest.
     classes = getattr(label, "names", None) or [str(i) for i in range(labels.max() + 1)]
     owner = None if natural is None else np.array([o.decode() if isinstance(o, bytes) else o for o in owners])
