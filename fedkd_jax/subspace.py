@@ -198,9 +198,10 @@ def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
     >>> float(power_of_two(jnp.float32(5.0)))
     4.0
     """
-    usable = jnp.isfinite(x) & (x >= jnp.finfo(x.dtype).tiny)
-    _, exponent = jnp.frexp(jnp.where(usable, x, 1.0))
-    return jnp.ldexp(jnp.ones_like(x), jnp.minimum(exponent - 1, 126))
+    info = jnp.finfo(x.dtype)
+    usable = jnp.isfinite(x) & (x >= info.tiny)
+    bits = jax.lax.bitcast_convert_type(jnp.where(usable, jnp.minimum(x, 2.0**126), 1.0), f"int{info.bits}")
+    return jax.lax.bitcast_convert_type(bits >> info.nmant << info.nmant, x.dtype)  # all but the exponent is zero
 
 
 def contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
