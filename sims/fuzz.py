@@ -7,8 +7,8 @@ Inputs are made of valid ones, which are changed, cut, stretched, spliced, or go
 lines and columns, and gets other numbers, other encodings and very long lines; JSON and archives are changed inside. A reader
 must read an input, or refuse it with an error that it documents. Whatever else happens is counted under "others", and the
 input is kept in OUT/READER-VALID-N.bin, to be read again with `--replay FILE`. Memory beyond `--memory` GB more than at the
-start is an error, and more than `--seconds` of the processor for an input is, too; where that ends the program, OUT/READER.now
-is it.
+start is an error, and more than `--seconds` of the processor for an input is, too; where that ends the program, it is
+OUT/READER-VALID-now.bin.
 
 The table says, for each reader, how many inputs were read, how many were refused, the slowest, and by how much memory grew.
 """
@@ -223,6 +223,7 @@ def fuzz(
     seed: int = 0,
     on_inputs: Callable[[int], None] = lambda done: None,
     seconds: float = 0,
+    keep: pathlib.Path | None = None,
 ) -> Counts:
     """Gives a reader `count` inputs.
 
@@ -231,6 +232,7 @@ def fuzz(
         count, seed: of `inputs`.
         on_inputs: is told, now and then, how many are done.
         seconds: an input that takes more processor time is an error; 0 for no limit, as signals go to the main thread alone.
+        keep: a folder in which READER-VALID-now.bin is the input that is read, while it is.
 
     >>> counts = fuzz("int", Target([b"12"], lambda i, data: int(data), (ValueError,)), 700)
     >>> counts.read + counts.refused, counts.others
@@ -238,6 +240,9 @@ def fuzz(
     """
     read, refused, slowest, others = 0, 0, 0.0, []
     for i, (kind, which, data) in enumerate(inputs(target, count, seed)):
+        if keep is not None:
+            now = keep / f"{name}-{which}-now.bin"
+            now.write_bytes(data)
         began = time.process_time()
         try:
             if seconds:
@@ -253,6 +258,8 @@ def fuzz(
         finally:
             if seconds:
                 signal.setitimer(signal.ITIMER_PROF, 0)
+        if keep is not None:
+            now.unlink()
         slowest = max(slowest, time.process_time() - began)
         if i % 100 == 99:
             on_inputs(i + 1)
@@ -312,7 +319,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, str]]:
             before, start = hardware.peak_memory_bytes(), time.perf_counter()
             _limit_memory(options.memory)
             told = lambda done, task=task: progress.update(task, completed=done)  # noqa: E731
-            counts = fuzz(name, target, options.count, options.seed, told, options.seconds)
+            counts = fuzz(name, target, options.count, options.seed, told, options.seconds, options.out)
             progress.update(task, completed=options.count)
             for i, (kind, which, error, data) in enumerate(counts.others):
                 said = f"{type(error).__name__}: {error}".split("\n")[0][:120]
