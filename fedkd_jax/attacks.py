@@ -120,7 +120,7 @@ def _flipped(data: FederatedData, ids: Array, hostile: HostileFn, classes: int) 
     labels = np.array(data.labels)
     for i in np.flatnonzero(np.asarray(jax.vmap(hostile)(ids))):
         rows = (i,) if data.stacked else slice(data.start[i], data.start[i] + data.count[i])
-        if (most := labels[rows].max(initial=0)) >= classes:
+        if (most := labels[rows][: data.count[i]].max(initial=0)) >= classes:
             raise ValueError(f"classes is {classes}; allowed: {most + 1} and more, for the labels of client {i}")
         labels[rows] = np.where(labels[rows] >= 0, classes - 1 - labels[rows], labels[rows])
     return dataclasses.replace(data, labels=labels)
