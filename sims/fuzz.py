@@ -240,8 +240,8 @@ def fuzz(
     """
     read, refused, slowest, others = 0, 0, 0.0, []
     for i, (kind, which, data) in enumerate(inputs(target, count, seed)):
-        if keep is not None:
-            now = keep / f"{name}-{which}-now.bin"
+        now = None if keep is None else keep / f"{name}-{which}-now.bin"
+        if now is not None:
             now.write_bytes(data)
         began = time.process_time()
         try:
@@ -258,7 +258,7 @@ def fuzz(
         finally:
             if seconds:
                 signal.setitimer(signal.ITIMER_PROF, 0)
-        if keep is not None:
+        if now is not None:
             now.unlink()
         slowest = max(slowest, time.process_time() - began)
         if i % 100 == 99:
