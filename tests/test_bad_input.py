@@ -29,7 +29,7 @@ from fedkd_jax import data as fd
 from fedkd_jax import tasks
 from fedkd_jax.check import check_fn, check_int, check_number, check_type
 from fedkd_jax.config import ConfigError, Experiment, load_config
-from fedkd_jax.data import readers
+from fedkd_jax.data import news, readers
 from fedkd_jax.models.mlp import MLP
 from sims.fuzz import KINDS, fuzz
 from sims.fuzz_readers import TARGETS
@@ -838,6 +838,13 @@ def test_lines_that_would_take_long_are_refused(tmp_path):
     (tmp_path / "good").write_text("7|Lithium coma.|coma|18|22|Lithium|10|17")
     with pytest.raises(ValueError, match=r"file, line 1: document .* has 300 characters"):
         readers.read_ade(tmp_path / "good", path)
+
+
+def test_a_line_of_news_has_a_length(tmp_path):
+    path = tmp_path / "news.tsv"
+    path.write_bytes(b"N1\ta\tb\t" + b"x" * news.LONGEST + b"\n")
+    with pytest.raises(ValueError, match=r"news\.tsv, line 1: has more than \d+ bytes; allowed: at most"):
+        list(news.read_news(path))
 
 
 def test_corpora_without_an_example_are_refused(tmp_path):

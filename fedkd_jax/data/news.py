@@ -18,6 +18,7 @@ from fedkd_jax.data.cache import Folder, cached_arrays
 from fedkd_jax.data.sources import prepare_local, read_blocks
 
 SPLITS = ("train", "dev", "test")
+LONGEST = 2**20  # bytes of a line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,9 @@ def read_behaviors(path: pathlib.Path) -> Iterator[dict[str, str]]:
 def _lines(path, least, most):
     where = None
     with open(path, "rb") as file:  # in text mode a "\r" would end a line; csv would take stray quotes for its own
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+            if len(line) > LONGEST:
+                raise ValueError(f"{path}, line {number}: has more than {LONGEST} bytes; allowed: at most these")
             if not line.strip(b"\r\n"):
                 continue
             where = f"{path}, line {number}"
