@@ -103,7 +103,7 @@ class Checkpoints:
     ) -> tuple[State, History] | None:
         """The newest state that is saved, if there is one. This and the following are what `simulate` calls."""
         self._store, self._key, self._population, self._files = store, key, population, HistoryFiles(self.folder)
-        self._journal, self._saving, self._whole = Journal(self.folder), None, False
+        self._journal, self._saving, self._noted, self._whole = Journal(self.folder), None, None, False
         self._begun, self._took, self._evaluated = time.monotonic(), 0.0, 0
         self._same: dict | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Checkpoints:
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._evaluated = len(history.evaluations)
+        self._evaluated, self._noted = len(history.evaluations), done  # in the journal, or else a checkpoint
         return state, history
 
     def bound(self, done: int, last: int) -> int:
@@ -186,7 +186,7 @@ class Checkpoints:
         """The last checkpoint is there, and those before it are forgotten."""
         with _told():
             self._manager.wait_until_finished()
-        self._forget_others(self._saving)
+        self._forget_others()
 
     def _note_down(self, state: State, meta: dict) -> None:
         round, carried, index = meta["round"], state, {}
@@ -194,12 +194,16 @@ class Checkpoints:
             carried, index = state.server, self._store.index(self.folder, round, sync=False)
         meta["index"] = [[name, x.dtype.str, list(x.shape)] for name, x in index.items()]
         self._journal.write(meta, [*map(_plain, jax.tree.leaves(carried)), *index.values()])
-        self._forget_others(round)
+        self._noted = round
+        self._forget_others()
 
-    def _forget_others(self, round: int | None) -> None:
-        """Of clients in a store, what is needed for checkpoints and this round is kept."""
+    def _forget_others(self) -> None:
+        """Of clients in a store, what is kept is what checkpoints need, the one that is being written, and the journal."""
         # those on the disk: Orbax does not name the one before any more as soon as the next is begun
-        rounds = {*_steps(self.folder), *(r for r in (self._saving, round) if r is not None)}
+        steps = _steps(self.folder)
+        if self._noted is not None and max(steps, default=-1) >= self._noted:
+            self._noted = None
+        rounds = {*steps, *(r for r in (self._saving, self._noted) if r is not None)}
         if self._store is not None and rounds:
             self._store.forget(self.folder, sorted(rounds))
 

@@ -270,6 +270,28 @@ def test_a_journal_is_gone_on_from_by_hand_too_but_not_after_a_start_of_the_mach
     same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
 
 
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_what_the_journal_needs_stays_until_a_newer_checkpoint_is_whole(where, tmp_path, monkeypatch):
+    """A checkpoint of round 2, round 3 in the journal, a checkpoint of 4 that never ends, killed in round 5."""
+    due, save = Checkpoints.due, checkpoint._save
+
+    def whole_at_2_and_4(self, round, last):
+        due(self, round, last)
+        self._whole = round in (2, 4)
+        return True
+
+    def never_ends(manager, folder, state, store, meta):
+        return store.save(folder, 4) if meta["round"] == 4 else save(manager, folder, state, store, meta)
+
+    monkeypatch.setattr(Checkpoints, "due", whole_at_2_and_4)
+    monkeypatch.setattr(checkpoint, "_save", never_ends)
+    with pytest.raises(Killed):
+        saved_run(tmp_path, where, on_rounds=killed_after(5))
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path).latest() == 3
+    same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
+
+
 def test_a_folder_is_of_one_run_at_a_time(tmp_path):
     """And after an error free again."""
     again = lambda done, _: saved_run(tmp_path)  # noqa: E731
