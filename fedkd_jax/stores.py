@@ -491,9 +491,13 @@ def _read_index(path: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 def _check_index(path: pathlib.Path, said: Mapping[str, np.ndarray]) -> None:
-    ids, slots, files = (said[name] for name in ("ids", "slots", "files"))
+    ids, slots, files, row_bytes = (said[name] for name in ("ids", "slots", "files", "row_bytes"))
+    whole = all(isinstance(x, np.ndarray) for x in said.values())  # of what is no array, NumPy gives the bytes
     flat = (
-        all(x.ndim == 1 and x.dtype.kind in "iu" for x in (ids, slots)) and files.ndim == 1 and files.dtype.kind == "U"
+        whole
+        and all(x.ndim == 1 and x.dtype == np.int64 for x in (ids, slots))
+        and files.ndim == 1
+        and files.dtype.kind == "U"
     )
     if (
         not flat
@@ -502,7 +506,7 @@ def _check_index(path: pathlib.Path, said: Mapping[str, np.ndarray]) -> None:
         or min(ids.min(initial=0), slots.min(initial=0)) < 0
         or slots.max(initial=-1) // FILE >= len(files)
         or any(pathlib.PurePath(name).name != name for name in files.tolist())
-        or said["row_bytes"].shape != ()
+        or row_bytes.shape != ()
     ):
         raise ValueError(f"{path} is damaged; allowed: a row for each id, and files of its folder, as it was saved")
 
