@@ -416,13 +416,20 @@ def _run_rounds(
 ):
     """`rounds` <= `length` rounds; their infos in the first rows of `[length, K]` buffers."""
     clients = data.start.shape[0]
+    held = min((x.shape[0] for x in jax.tree.leaves(state.clients)), default=clients)
+    # then nothing is moved: with take and put each device would get the states of all others
+    everybody = cohort == clients == held and participation.available is None
     round_fn = jax.jit(round_fn)  # is traced once for the shapes of its results and for the loop
 
     def one_round(state: State) -> tuple[State, RoundInfo]:
         ids, turn = participation.draw(key, state.server.round, clients, cohort)
         more = () if turn is None else (turn,)
-        server, own, info = round_fn(state.server, take(state.clients, ids), take_clients(data, ids), ids, key, *more)
-        written = put(state.clients, ids, own)
+        if everybody:
+            server, written, info = round_fn(state.server, state.clients, data, ids, key, *more)
+        else:
+            cohorts = take(state.clients, ids), take_clients(data, ids)
+            server, own, info = round_fn(state.server, *cohorts, ids, key, *more)
+            written = put(state.clients, ids, own)
         if layout.mesh is not None:
             written = jax.lax.with_sharding_constraint(written, layout.sharding("clients"))
         return State(server=server, clients=written), info

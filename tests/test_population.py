@@ -4,6 +4,7 @@ import collections
 import functools
 import math
 import re
+import sys
 
 import chex
 import jax
@@ -14,13 +15,14 @@ import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd_jax import ClientState, DiskStore, HostStore, Layout, State, client_mesh, evaluate, simulate, take
-from fedkd_jax.data import from_arrays
+from fedkd_jax import ClientState, DiskStore, HostStore, Layout, State, client_mesh, evaluate, put, simulate, take
+from fedkd_jax.data import from_arrays, take_clients
 from fedkd_jax.parallel import place_rows
-from fedkd_jax.population import init_server, place_data
+from fedkd_jax.population import init_server, init_state, place_data
 from fedkd_jax.stream import _one_round
 from fedkd_jax.types import Algorithm, ClientSource
 
+rounds_fn = sys.modules["fedkd_jax.simulate"]._run_rounds  # the function simulate hides its module
 KEY = jax.random.key(23)
 DATA, TEST = strategies.small_data(), strategies.small_data(1)
 FEDKD = "fedkd, optimiser kept"
@@ -102,6 +104,24 @@ def test_over_devices_a_round_adds_up_and_gathers_no_states(eight_devices):
     assert told(_one_round.lower(*state, round_fn=own.round, layout=layout).compile()) == {"all-reduce": numbers + 1}
     # out of states that are split over the devices, a cohort's are not to be had without
     assert sum(told(jax.jit(take).lower(clients, jnp.array([3, 0])).compile()).values()) > 2 * numbers
+
+
+def test_over_devices_rounds_of_everybody_move_no_states(eight_devices):
+    """And give the bits that they would have if states were taken out and put back."""
+    own, layout = algorithm("fedavg, optimiser kept", 2), Layout(mesh=client_mesh(2))
+    four = take_clients(place_data(DATA, layout), jnp.arange(4))
+    options = dict(round_fn=own.round, length=3, layout=layout)
+    state = init_state(own, 4, KEY)
+    numbers = sum(x.size for x in jax.tree.leaves(state.server.params))
+    compiled = rounds_fn.lower(state, four, KEY, jnp.int32(3), cohort=4, **options).compile()
+    assert told(compiled) == {"all-reduce": numbers + 1}
+    moved = jax.jit(lambda s, ids: own.round(s.server, take(s.clients, ids), take_clients(four, ids), ids, KEY))
+    expected = state
+    for _ in range(3):
+        server, clients, _ = moved(expected, jnp.arange(4))
+        expected = State(server=server, clients=put(expected.clients, jnp.arange(4), clients))
+    expected = jax.device_get(expected)
+    chex.assert_trees_all_equal(jax.device_get(compiled(state, four, KEY, jnp.int32(3))[0]), expected)
 
 
 # ---- stores alone ------------------------------------------------------------------------------------------------------
