@@ -199,12 +199,14 @@ class Checkpoints:
 
     def _forget_others(self) -> None:
         """Of clients in a store, what is kept is what checkpoints need, the one that is being written, and the journal."""
+        if self._store is None:
+            return
         # those on the disk: Orbax does not name the one before any more as soon as the next is begun
         steps = _steps(self.folder)
         if self._noted is not None and max(steps, default=-1) >= self._noted:
             self._noted = None
         rounds = {*steps, *(r for r in (self._saving, self._noted) if r is not None)}
-        if self._store is not None and rounds:
+        if rounds:
             self._store.forget(self.folder, sorted(rounds))
 
 

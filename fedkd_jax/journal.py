@@ -5,7 +5,9 @@ record is the bytes of arrays, one after another, in one of two files that are w
 whatever moment the process is killed. Nothing waits for the disk, so a record counts only until the machine is started anew.
 """
 
+import collections
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +19,7 @@ import numpy as np
 
 from fedkd_jax.types import Array
 
+MOST_PARTS = 1024  # of one call of the system
 HEAD = 16  # bytes: the length of what describes the record, 0 while it is written, and its end
 
 
@@ -50,9 +53,9 @@ class Journal:
         file, path = self._files[self._next], self.paths[self._next]
         said = json.dumps(about | {"boot": _boot()}).encode()
         _write(file, path, [np.zeros(HEAD, np.uint8)], 0)
-        end = _write(file, path, (part for array in arrays for part in _parts(array)), HEAD)
+        end = _write(file, path, [part for array in arrays for part in _parts(array)], HEAD)
         _write(file, path, [np.frombuffer(said, np.uint8)], end)
-        _write(file, path, [np.array([len(said), end], np.int64)], 0)
+        _write(file, path, [np.array([len(said), end], np.int64).view(np.uint8)], 0)
         self._next = 1 - self._next
 
     def newest(self):
@@ -99,16 +102,20 @@ def _order(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[int]
     return [starts.index(start) for start in sorted(set(starts))]
 
 
-def _write(file: int, path: pathlib.Path, parts: Any, at: int) -> int:
+def _write(file: int, path: pathlib.Path, parts: Sequence[np.ndarray], at: int) -> int:
     """Writes bytes one after another; returns where they end."""
-    for part in parts:
-        left = part.view(np.uint8).data
-        while len(left):
-            try:
-                done = os.pwrite(file, left, at)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from None
-            left, at = left[done:], at + done
+    os.lseek(file, at, os.SEEK_SET)
+    left = collections.deque(part.data for part in parts)
+    while left:
+        try:
+            done = os.writev(file, list(itertools.islice(left, MOST_PARTS)))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        at += done
+        while left and done >= len(left[0]):
+            done -= len(left.popleft())
+        if done:
+            left[0] = left[0][done:]
     return at
 
 

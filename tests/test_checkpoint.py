@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -11,12 +12,14 @@ import subprocess
 import sys
 
 import chex
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategies
 import two_processes
+from hypothesis import strategies as st
 
 from fedkd_jax import (
     Checkpoints,
@@ -352,21 +355,45 @@ def test_a_checkpoint_is_due_by_rounds_by_time_and_at_the_end(options, expected,
 
 @pytest.mark.parametrize("where", ["device", "disk"])
 def test_a_disk_that_is_full_is_told_and_what_was_saved_is_whole(where, tmp_path, monkeypatch):
-    write = os.pwrite
+    left = [50]
 
-    def full(file, data, at):
-        if full.left == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        full.left -= 1
-        return write(file, data, at)
+    def until_full(write):
+        def full(*args):
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= 1
+            return write(*args)
 
-    full.left = 50
-    monkeypatch.setattr(os, "pwrite", full)
+        return full
+
+    monkeypatch.setattr(os, "pwrite", until_full(os.pwrite))  # clients' states
+    monkeypatch.setattr(os, "writev", until_full(lambda file, parts, write=os.writev: write(file, parts[:2])))
     with pytest.raises(OSError, match="No space left on device"):
         saved_run(tmp_path, where)
     monkeypatch.undo()
     assert Checkpoints(tmp_path).latest() in range(1, 6)
     same_as_in_one_piece(tmp_path, where, *saved_run(tmp_path, where))
+
+
+@hypothesis.given(
+    sizes=st.lists(st.integers(0, 9), max_size=9), pieces=st.lists(st.integers(1, 7), min_size=1), at=st.integers(0, 5)
+)
+def test_a_journal_goes_on_where_the_system_stopped_writing(sizes, pieces, at, tmp_path_factory):
+    parts = [np.arange(size, dtype=np.uint8) + i for i, size in enumerate(sizes)]
+    path, whole, turn = (
+        tmp_path_factory.mktemp("journal") / "file",
+        b"".join(map(bytes, parts)),
+        itertools.cycle(pieces),
+    )
+
+    def some(file, views):
+        return os.write(file, b"".join(views)[: next(turn)])
+
+    path.write_bytes(b"x" * at)
+    with path.open("r+b") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "writev", some)
+        assert journal._write(file.fileno(), path, parts, at) == at + len(whole)
+    assert path.read_bytes() == b"x" * at + whole
 
 
 def test_what_fails_when_orbax_writes_is_told_as_the_disks(tmp_path, monkeypatch):
