@@ -2,12 +2,15 @@
 compiles. Of a wrong type it is a TypeError, of a value that cannot be a ValueError.
 """
 
+import contextlib
 import numbers
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 
-def check_int(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> None:
-    """An integer, Python's or NumPy's, from `least` to `most`.
+def check_int(name: str, value: Any, least: int = 1, most: int = 2**31 - 1, why: str = "") -> None:
+    """An integer, Python's or NumPy's, from `least` to `most`; an error says `why` so.
 
     Raises:
         TypeError: no integer; True is none, and 2.0 neither.
@@ -17,14 +20,16 @@ def check_int(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> N
     >>> try: check_int("bits", 17, 2, 16)
     ... except ValueError as error: print(error)
     bits is 17; allowed: 2 to 16
+    >>> try: check_int("cohort", 9, 1, 5, "the population")
+    ... except ValueError as error: print(error)
+    cohort is 9; allowed: 1 to 5, the population
     >>> try: check_int("rounds", 2.0)
     ... except TypeError as error: print(error)
     rounds is 2.0; allowed: an integer, at least 1
     """
     short = most == 2**31 - 1 and (not _whole(value) or value < least)
     allowed = f"at least {least}" if short else f"{least} to {most}"
-    if (least, most) == (-(2**31), 2**31 - 1):  # the caller has bounds of its own
-        allowed = "of 32 bits"
+    allowed += f", {why}" if why else ""
     if not _whole(value):
         raise TypeError(f"{name} is {value!r}; allowed: an integer, {allowed}")
     if not least <= value <= most:
@@ -90,3 +95,25 @@ def check_fn(name: str, value: Any, allowed: str) -> None:
     """
     if not callable(value):
         raise TypeError(f"{name} is {value!r}; allowed: a function {allowed}")
+
+
+@contextlib.contextmanager
+def damaged(path: pathlib.Path) -> Iterator[None]:
+    """Within it a file is read that was saved by this library: whatever goes wrong with a strange one is told by its name.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not as it was saved.
+
+    >>> try:
+    ...     with damaged(pathlib.Path("run.json")): {}["round"]
+    ... except ValueError as error: print(error)
+    run.json is damaged, KeyError: 'round'; allowed: as it was saved
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is damaged, {type(error).__name__}: {said}; allowed: as it was saved") from error

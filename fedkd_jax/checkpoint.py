@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from fedkd_jax.check import check_int, check_number
+from fedkd_jax.check import check_int, check_number, damaged
 from fedkd_jax.history import HistoryFiles
 from fedkd_jax.journal import Journal
 from fedkd_jax.parallel import Layout
@@ -304,7 +304,7 @@ def _load(
     record = journal.newest()
     if record is None or (steps and record[0]["round"] <= steps[-1]):
         at = folder / "server" / str(steps[-1])
-        with _damaged(at):
+        with damaged(at):
             meta = manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     else:
         (meta, arrays), at = record, folder / "journal"
@@ -325,7 +325,7 @@ def _load(
     placed = _placed(abstract, layout)
     if arrays is None:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(placed))
-        with _damaged(at):
+        with damaged(at):
             restored = manager.restore(steps[-1], args=args)["state"]
     else:
         leaves, tree = jax.tree.flatten(placed)
@@ -368,17 +368,6 @@ def _told() -> Iterator[None]:
     except Exception as error:
         said = str(error).strip().split("\n")[0]
         raise OSError(f"a checkpoint could not be written, {type(error).__name__}: {said}") from error
-
-
-@contextlib.contextmanager
-def _damaged(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        said = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged, {type(error).__name__}: {said}; allowed: as it was saved") from error
 
 
 def _stacked(store: Store, shapes: ClientState, layout: Layout) -> ClientState:

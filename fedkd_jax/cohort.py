@@ -37,9 +37,7 @@ def sample_cohort(key: Key, round: Int[Array, ""] | int, population: int, cohort
     (4, [0, 1, 2])
     """
     check_int("population", population)
-    check_int("cohort", cohort, -(2**31))
-    if not 1 <= cohort <= population:
-        raise ValueError(f"cohort is {cohort}; allowed: 1 to population, {population}")
+    check_int("cohort", cohort, 1, population, "the population")
     if cohort == population:
         return jnp.arange(population, dtype=jnp.int32)
     # a stream of its own: client ids count from 0 and never reach 2^31 - 1

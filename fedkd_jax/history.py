@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedkd_jax.check import damaged
 from fedkd_jax.codecs.base import named
 from fedkd_jax.types import History, LossTerms, RoundInfo, Turn
 
@@ -111,19 +112,14 @@ class HistoryFiles:
 
     def _read_evaluation(self, round: int) -> dict:
         evaluation: dict = {}
-        try:
-            with self._evaluation(round).open("rb") as opened, np.load(opened) as file:
-                for keys, value in file.items():
-                    *path, last = json.loads(keys)
-                    inner = evaluation
-                    for key in path:
-                        inner = inner.setdefault(key, {})
-                    inner[last] = value if value.ndim else value.item()
-        except OSError:
-            raise
-        except Exception as error:  # whatever a strange file does to NumPy
-            said = f"{self._evaluation(round)} is damaged, {type(error).__name__}: {error}"
-            raise ValueError(f"{said}; allowed: as it was saved") from error
+        path = self._evaluation(round)
+        with damaged(path), path.open("rb") as opened, np.load(opened) as file:
+            for keys, value in file.items():
+                *outer, last = json.loads(keys)
+                inner = evaluation
+                for key in outer:
+                    inner = inner.setdefault(key, {})
+                inner[last] = value if value.ndim else value.item()
         return evaluation
 
 

@@ -108,10 +108,9 @@ def simulate(
     _check_fns(on_rounds, on_evaluation)
     stored = store is not None or (isinstance(population, State) and isinstance(population.clients, Store))
     if group is not None:
-        check_int("group", group, -(2**31))
-        if group < 1 or not stored:
-            with_ = "with" if stored else "without"
-            raise ValueError(f"group is {group} {with_} a store; allowed: None, or 1 and more with one")
+        check_int("group", group)
+        if not stored:
+            raise ValueError(f"group is {group} without a store; allowed: None, or with one")
     if isinstance(test, ClientSource):
         test = test.take(np.asarray(eval_ids))
     init_key, run_key = jax.random.split(key)
@@ -310,9 +309,7 @@ def _check(algorithm, population, data, rounds, cohort, test, eval_every, eval_b
         if not clients <= held < clients + jax.device_count():
             raise ValueError(f"population has the states of {held} clients; allowed: {clients}, the number in data")
     if cohort is not None:
-        check_int("cohort", cohort, -(2**31))
-        if not 1 <= cohort <= clients:
-            raise ValueError(f"cohort is {cohort}; allowed: 1 to the population, {clients}")
+        check_int("cohort", cohort, 1, clients, "the population")
     if eval_every is not None:
         check_int("eval_every", eval_every)
     ids = np.zeros(1, int) if eval_ids is None else np.asarray(eval_ids)

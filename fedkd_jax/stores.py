@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedkd_jax.check import damaged
 from fedkd_jax.parallel import Layout, place, place_rows
 from fedkd_jax.population import halves, make_clients
 from fedkd_jax.types import Algorithm, ClientState, Key, PyTree
@@ -477,15 +478,14 @@ class _Files:
 
 def _read_index(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     """What `Store.index` gave and `Store.save` wrote."""
-    try:
-        with path.open("rb") as file, np.load(file) as index:  # or it stays open where it is no archive
-            if any(member.compress_type for member in index.zip.infolist()):
-                raise ValueError("it is compressed")  # and might unpack to anything
-            said = {name: index[name] for name in ("key", "row_bytes", "ids", "slots", "files")}
-    except OSError:
-        raise
-    except Exception as error:  # whatever a strange file does to NumPy
-        raise ValueError(f"{path} is damaged, {type(error).__name__}: {error}; allowed: as it was saved") from error
+    with (
+        damaged(path),
+        path.open("rb") as file,
+        np.load(file) as index,
+    ):  # a file, or it stays open where it is no archive
+        if any(member.compress_type for member in index.zip.infolist()):
+            raise ValueError("it is compressed")  # and might unpack to anything
+        said = {name: index[name] for name in ("key", "row_bytes", "ids", "slots", "files")}
     _check_index(path, said)
     return said
 

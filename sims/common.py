@@ -21,6 +21,7 @@ from rich.text import Text
 
 from fedkd_jax import Checkpoints, Layout, plots, report, simulate, simulate_seeds
 from fedkd_jax.build import build_participation
+from fedkd_jax.check import damaged
 from fedkd_jax.config import Experiment, load_config, to_yaml, validate
 from fedkd_jax.stores import Store
 from fedkd_jax.tasks import Clients
@@ -157,11 +158,15 @@ def write_options(folder: pathlib.Path, options: Options) -> None:
 def read_options(folder: pathlib.Path) -> Options:
     """What `write_options` wrote, or the default where there is none.
 
+    Raises:
+        ValueError: the file is damaged.
+
     >>> read_options(pathlib.Path("nowhere")) == Options()
     True
     """
     path = folder / "options.json"
-    return Options(**json.loads(path.read_text())) if path.exists() else Options()
+    with damaged(path):
+        return Options(**json.loads(path.read_text())) if path.exists() else Options()
 
 
 def check_same(saved: Experiment, config: Experiment, method: str, folder: pathlib.Path) -> None:
@@ -221,6 +226,9 @@ def stop_on_signals(checkpoints: Checkpoints) -> Iterator[list[int]]:
 def rewind_jsonl(path: pathlib.Path, round: int) -> float:
     """Leaves only the records of rounds up to this one, without a line that was cut short; returns the "seconds" of the last.
 
+    Raises:
+        ValueError: the file is damaged.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as where:
     ...     path = pathlib.Path(where) / "m.jsonl"
@@ -228,10 +236,12 @@ def rewind_jsonl(path: pathlib.Path, round: int) -> float:
     ...     rewind_jsonl(path, 2), path.read_text()
     (2.5, '{"round": 1, "seconds": 2.5}\\n')
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= round]
+    with damaged(path):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= round]
+        seconds = float(json.loads(kept[-1])["seconds"]) if kept else 0.0
     _replace_text(path, "".join(kept))
-    return json.loads(kept[-1])["seconds"] if kept else 0.0
+    return seconds
 
 
 def _replace_text(path: pathlib.Path, text: str) -> None:

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         done = 0 if checkpoints is None else checkpoints.latest() or 0
         if done > config.rounds:
             raise ValueError(f"rounds is {config.rounds}; allowed: at least {done}, as are done in {folder}")
+        before = common.rewind_jsonl(folder / "metrics.jsonl", done) if first else 0.0
     multihost_utils.sync_global_devices("the folder is there")
     if first:
         devices = layout.devices // jax.process_count()
@@ -92,7 +93,6 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     stored = placement.open_store(where, folder if checkpoints is None else checkpoints.folder, stays=saves)
     events = _events(folder, done + 1) if first else contextlib.nullcontext()
     stopping = contextlib.nullcontext([]) if checkpoints is None else common.stop_on_signals(checkpoints)
-    before = common.rewind_jsonl(folder / "metrics.jsonl", done) if first else 0.0
     with contextlib.ExitStack() as stack:
         writer, progress = stack.enter_context(events), stack.enter_context(common.progress_bar())
         store, signals = stack.enter_context(stored), stack.enter_context(stopping)

@@ -83,5 +83,5 @@ class TakeAndPut(chex.TestCase):
 
 def test_errors_name_the_argument_its_value_and_what_is_allowed():
     for cohort in (0, 4):
-        with pytest.raises(ValueError, match=rf"cohort is {cohort}; allowed: 1 to population, 3"):
+        with pytest.raises(ValueError, match=rf"cohort is {cohort}; allowed: 1 to 3, the population"):
             sample_cohort(KEY, 0, 3, cohort)

@@ -118,7 +118,7 @@ def test_dirichlet_keeps_min_examples(seed, minimum):
         (dict(clients=10, alpha=0.0), "alpha is 0.0"),
         (dict(clients=10, alpha=float("nan")), "alpha is nan"),
         (dict(clients=0, alpha=1.0), "clients is 0"),
-        (dict(clients=3, alpha=1.0, min_examples=-1), "min_examples must be in 0"),
+        (dict(clients=3, alpha=1.0, min_examples=-1), "min_examples is -1; allowed: at least 0"),
         (dict(clients=3, alpha=1.0, max_tries=0), "max_tries is 0"),
     ],
 )

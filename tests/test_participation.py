@@ -285,7 +285,7 @@ def test_what_is_refused():
         (lambda: run(participation=Participation(first=4)), "first is 4; allowed: 1 to the cohort, 3"),
         (lambda: run(participation=Participation(strata=2)), "strata is 2; allowed: a divisor of the population, 5"),
         (lambda: run(group=2), "group is 2 without a store; allowed: None"),
-        (lambda: run(store=True, group=0), "group is 0 with a store; allowed: None, or 1"),
+        (lambda: run(store=True, group=0), "group is 0; allowed: at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

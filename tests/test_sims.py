@@ -131,6 +131,10 @@ def test_a_run_goes_on_from_its_folder(store, tmp_path, monkeypatch, capsys):
         run.main(["--resume", str(part), "--method", "FedKD"])
     run.main(["--resume", str(part), "--rounds", "7"])
     assert [record["round"] for record in timeless(part)] == [2, 4, 6, 7]
+    for file in ("metrics.jsonl", "options.json"):
+        (part / file).write_bytes(b"[7]\n")
+        with pytest.raises(SystemExit, match=rf"error: .*{file} is damaged, TypeError: .*; allowed: as it was saved"):
+            run.main(["--resume", str(part), "--rounds", "8"])
 
 
 def test_devices_and_chunks_give_the_same_numbers(tmp_path):

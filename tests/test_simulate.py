@@ -248,8 +248,8 @@ def test_errors_name_the_argument_its_value_and_what_is_allowed():
     for match, population, options in [
         (r"rounds is 0; allowed: at least 1", 5, dict(rounds=0)),
         (r"population is 4; allowed: 5", 4, dict(rounds=1)),
-        (r"cohort is 0; allowed: 1 to the population, 5", 5, dict(rounds=1, cohort=0)),
-        (r"cohort is 6; allowed: 1 to the population, 5", 5, dict(rounds=1, cohort=6)),
+        (r"cohort is 0; allowed: 1 to 5, the population", 5, dict(rounds=1, cohort=0)),
+        (r"cohort is 6; allowed: 1 to 5, the population", 5, dict(rounds=1, cohort=6)),
         (r"eval_every is 0; allowed: at least 1", 5, dict(rounds=1, eval_every=0)),
         (r"test has 2 clients; allowed: 5", 5, dict(rounds=1, test=take_clients(TEST, np.arange(2)))),
     ]:

@@ -428,7 +428,7 @@ def test_more_texts_than_a_batch(tokenizer, monkeypatch):
 
 def test_what_cannot_be_encoded_is_an_error(tmp_path):
     tokenizer = small_tokenizer()
-    with pytest.raises(ValueError, match="length is 2; allowed: 3 or more"):
+    with pytest.raises(ValueError, match="length is 2; allowed: at least 3, as"):
         encode_texts(["a"], tokenizer, 2)
     for tags in ([[1]], [[1, 2, 3]], [[1, -1]], [np.array([0.5, 1.0])]):
         with pytest.raises(ValueError, match=r"tags\[0\] is .*allowed: an integer >= 0 for each of 2 words"):

@@ -58,12 +58,12 @@ def dirichlet(
     """
     check_int("clients", clients)
     check_int("max_tries", max_tries)
-    check_int("min_examples", min_examples, -(2**31))
+    check_int("min_examples", min_examples, 0)
     check_int("seed", seed, 0, 2**63 - 1)
     check_number("alpha", alpha, "(0, inf)")
     labels = _flat_labels(labels)
     n = len(labels)
-    if not 0 <= min_examples * clients <= n:
+    if min_examples * clients > n:
         raise ValueError(
             f"min_examples={min_examples} for clients={clients} needs {min_examples * clients} examples of the {n} "
             f"there are; min_examples must be in 0..{n // clients}, or clients smaller"

@@ -143,9 +143,7 @@ def _encode_texts(texts, tokenizer, length):
 
 def _special(tokenizer, length):
     check_type("tokenizer", tokenizer, Tokenizer, "a tokenizer, see load_tokenizer")
-    check_int("length", length, -(2**31))
-    if length < 3:
-        raise ValueError(f"length is {length}; allowed: 3 or more, as [CLS] and [SEP] take two places")
+    check_int("length", length, 3, why="as [CLS] and [SEP] take two places")
     if tokenizer.padding or tokenizer.truncation:
         raise ValueError("tokenizer pads or truncates; allowed: one that does neither, as load_tokenizer returns it")
     ids = {token: tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")}
