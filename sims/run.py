@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     with common.one_line_errors():
         config, options = common.parse("run", argv)
         name = options.method or next(iter(config.methods))
-        method, saved = config.methods[name], config
+        method, saved, were = config.methods[name], config, options
         if options.resume is not None:
             earlier = pathlib.Path(options.resume)
-            saved, was = load_config(earlier / "config.yaml"), common.read_options(earlier).method
-            if was not in (None, name):
-                raise ValueError(f"method is {name!r}; allowed: {was!r}, that of {earlier}")
+            saved, were = load_config(earlier / "config.yaml"), common.read_options(earlier)
+            if were.method not in (None, name):
+                raise ValueError(f"method is {name!r}; allowed: {were.method!r}, that of {earlier}")
             common.check_same(saved, config, name, earlier)
         hardware.make_devices(options.devices)  # some data are made with JAX
         hardware.start_processes(options.processes)
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             raise ValueError(f"rounds is {config.rounds}; allowed: at least {done}, as are done in {folder}")
         before = common.rewind_jsonl(folder / "metrics.jsonl", done) if first else 0.0
     multihost_utils.sync_global_devices("the folder is there")
+    devices = layout.devices // jax.process_count()
     if first:
-        devices = layout.devices // jax.process_count()
         resolved: dict[str, Any] = dict(method=name, store=where, devices=devices)
         if layout.chunk is not None:
             resolved["chunk"] = str(layout.chunk)
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         common.console.print(f"goes on after round {done}" if done else "no checkpoint yet: from the start")
         if config.rounds != saved.rounds:
             common.console.print(f"rounds is {config.rounds}, was {saved.rounds}: so long are schedules from here on")
+        if devices != were.devices is not None:
+            common.console.print(f"devices is {devices}, was {were.devices}: from here on the same but for rounding")
 
     versions = hardware.versions()
     stored = placement.open_store(where, folder if checkpoints is None else checkpoints.folder, stays=saves)

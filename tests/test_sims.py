@@ -129,7 +129,9 @@ def test_a_run_goes_on_from_its_folder(store, tmp_path, monkeypatch, capsys):
         run.main(["--resume", str(part), "--cohort", "3", "--data.clients", "9"])
     with pytest.raises(SystemExit, match="method is 'FedKD'; allowed: 'local only', that of "):
         run.main(["--resume", str(part), "--method", "FedKD"])
-    run.main(["--resume", str(part), "--rounds", "7"])
+    run.main(["--resume", str(part), "--rounds", "7", "--devices", "2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rounds is 7, was 6" in said and "devices is 2, was 1: from here on the same but for rounding" in said
     assert [record["round"] for record in timeless(part)] == [2, 4, 6, 7]
     for file in ("metrics.jsonl", "options.json"):
         (part / file).write_bytes(b"[7]\n")
