@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -134,7 +135,7 @@ def parse(program: str, argv: list[str] | None = None) -> tuple[Experiment, Opti
 
 def _earlier(argv: Sequence[str]) -> pathlib.Path | None:
     """The folder that `--resume` names."""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in itertools.pairwise([*argv, ""]):
         if flag.split("=")[0] == "--resume":
             folder = pathlib.Path(flag.partition("=")[2] or value)
             if not folder.is_dir():

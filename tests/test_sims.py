@@ -415,6 +415,12 @@ def test_seeds_run_at_once_where_devices_are_busy_and_states_fit(eight_devices, 
     assert (devices(2, 2), devices(3, 2)) == (2, None)
 
 
+@pytest.mark.parametrize("program", ["run", "compare", "spectrum"])
+def test_a_config_alone_is_a_command(program):
+    path = str(ROOT / "configs" / "digits.yaml")
+    assert common.parse(program, [path]) == (load_config(path), common.Options())
+
+
 def test_what_may_not_be_resumed_is_told(tmp_path):
     path = str(ROOT / "configs" / "digits.yaml")
     for program, flags, said in (
