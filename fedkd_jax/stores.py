@@ -478,11 +478,8 @@ class _Files:
 
 def _read_index(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     """What `Store.index` gave and `Store.save` wrote."""
-    with (
-        damaged(path),
-        path.open("rb") as file,
-        np.load(file) as index,
-    ):  # a file, or it stays open where it is no archive
+    # np.load of a path would leave it open where it is no archive
+    with damaged(path), path.open("rb") as file, np.load(file) as index:
         if any(member.compress_type for member in index.zip.infolist()):
             raise ValueError("it is compressed")  # and might unpack to anything
         said = {name: index[name] for name in ("key", "row_bytes", "ids", "slots", "files")}
