@@ -295,21 +295,35 @@ def _carried(payload: Payload, wire: Wire | None, *, round, **of) -> Payload:
     """What arrives, with a wire or without: numbers as a message holds them.
 
     Left to itself XLA adds an unrounded product, such as the mean, which is the sum times 1 / weight, to the parameters in one
-    fused operation, and the clients' model would not be what the message says. Integers in between keep it from that; a barrier
-    does not, as on a CPU it is gone before operations are fused.
+    fused operation, and the clients' model would not be what the message says.
+    """
+    payload = dataclasses.replace(payload, content=kept_apart(payload.content, round))
+    return payload if wire is None else wire(payload, round=round, **of)
+
+
+def kept_apart(tree: PyTree, round: Leaf) -> PyTree:
+    """The same bits, across which XLA fuses nothing: they go through an operation on integers that it cannot foresee to change
+    none. A barrier would not do, as it is gone before operations are fused.
+
+    Args:
+        tree: of arrays, of any dtype.
+        round: `[]` int32, 0 or more.
+
+    >>> x = {"w": jnp.array([1.5, -0.0, jnp.nan]), "there": jnp.array(True)}
+    >>> jax.tree.map(lambda y: y.tolist(), jax.jit(kept_apart)(x, 3))
+    {'there': True, 'w': [1.5, -0.0, nan]}
     """
     nothing = jnp.asarray(round) >> 31  # 0, which XLA does not know
 
-    def exact(x):
+    def same(x):
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
+            return x ^ nothing.astype(x.dtype)
         kind = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, kind)
         return jax.lax.bitcast_convert_type(bits ^ nothing.astype(bits.dtype), x.dtype)
 
-    payload = dataclasses.replace(payload, content=jax.tree.map(exact, payload.content))
-    return payload if wire is None else wire(payload, round=round, **of)
+    return jax.tree.map(same, tree)
 
 
 def _where(which, one: PyTree, other: PyTree) -> PyTree:

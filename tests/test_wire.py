@@ -340,14 +340,24 @@ def test_chunks_devices_groups_and_stores_send_every_message_once(eight_devices)
         check_bytes(wired[2], transport)
 
 
-def test_large_messages_of_all_devices_do_not_wait_for_each_other(eight_devices):
-    """Of as many devices as JAX has threads, with leaves above 100 kB, which it copies in a thread of its own."""
+def send_large(layout, clients):
+    """Leaves above 100 kB, of whole pages."""
     transport = Transport()
-    wide = mlp((strategies.FEATURES, 3000, strategies.TARGETS))
-    algorithm = fedavg(wide, layout=Layout(mesh=client_mesh(8)), wire=transport, **OF)
-    _, history = simulate(algorithm, 5, strategies.small_data(), KEY, rounds=2)
-    assert transport.messages == {"up": 10, "down": 10}
+    wide = mlp((strategies.FEATURES, 4096, strategies.TARGETS))
+    algorithm = fedavg(wide, layout=layout, wire=transport, **OF)
+    _, history = simulate(algorithm, 5, strategies.small_data(), KEY, rounds=2, cohort=clients)
+    assert transport.messages == {"up": 2 * clients, "down": 2 * clients}
     check_bytes(history.rounds, transport)
+
+
+def test_large_messages_of_all_devices_do_not_wait_for_each_other(eight_devices):
+    """Of as many devices as JAX has threads, which copies above 100 kB in a thread of its own."""
+    send_large(Layout(mesh=client_mesh(8)), 5)
+
+
+def test_large_messages_are_sent_once_under_vmap():
+    """A GPU made calls twice that take a slice of whole pages."""
+    send_large(Layout(chunk=2), 4)
 
 
 def test_nothing_is_sent_where_nothing_travels():
