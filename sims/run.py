@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     events = _events(folder, done + 1) if first else contextlib.nullcontext()
     stopping = contextlib.nullcontext([]) if checkpoints is None else common.stop_on_signals(checkpoints)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hardware.keep_programs(folder / "programs") if saves else contextlib.nullcontext())
         writer, progress = stack.enter_context(events), stack.enter_context(common.progress_bar())
         store, signals = stack.enter_context(stored), stack.enter_context(stopping)
         began, of_run = time.perf_counter() - before, {"method": name, "seed": config.seeds[0]}
