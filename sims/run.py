@@ -1,8 +1,8 @@
 """One experiment: `python -m sims.run CONFIG [--method NAME] [--overrides]`.
 
 Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, a picture of
-the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md and table.csv, and remarks.txt where
-there are any. `python -m sims.report FOLDER` makes a page of it.
+the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md and table.csv, remarks.txt where
+there are any, and the compiled programs. `python -m sims.report FOLDER` makes a page of it.
 
 Its checkpoint is written while it runs (--save-rounds, --save-minutes) and at its end. After a kill, a full disk, Ctrl-C or
 SIGTERM, which finish the round and save, `python -m sims.run --resume FOLDER` goes on to the same numbers; with `--rounds N`
