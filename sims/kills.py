@@ -3,9 +3,9 @@
 For each store a run of `sims.run` ends undisturbed that has a journal of every round and checkpoints by Orbax as often as it
 lets itself. The same run, begun anew, is killed (SIGKILL) at a random moment and resumed, again and again; when it comes to
 its end all of it must be the same to the bit: the states of server and clients, what happened in each round, each evaluation,
-the metrics. Then it begins anew, until there were so many kills. Nine of ten moments are drawn from the time in which rounds
-run and checkpoints are written, one from the start. After a quarter of the kills the journal is deleted, which is what a
-start of the machine does to it. On a GPU set JAX_COMPILATION_CACHE_DIR, or XLA may choose other kernels for each run.
+the metrics. Then it begins anew, with the first run's compiled programs, until there were so many kills. Nine of ten moments
+are drawn from the time in which rounds run and checkpoints are written, one from the start. After a quarter of the kills the
+journal is deleted, which is what a start of the machine does to it.
 """
 
 import dataclasses
@@ -58,20 +58,15 @@ def command(options: Kills, store: str, folder: pathlib.Path) -> list[str]:
     begin = [sys.executable, "-m", "sims.run"]
     if (folder / "config.yaml").exists():
         return [*begin, "--resume", str(folder)]
-    shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun
     flags = ["--method", options.method, "--rounds", str(options.rounds), "--eval-every", "3", "--store", store]
-    return [
-        *begin,
-        options.config,
-        *flags,
-        *options.flags,
-        "--save-rounds",
-        "1",
-        "--save-minutes",
-        "0",
-        "--out",
-        str(folder),
-    ]
+    flags += ["--save-rounds", "1", "--save-minutes", "0", "--out", str(folder)]
+    return [*begin, options.config, *options.flags, *flags]
+
+
+def begin_anew(whole: pathlib.Path, folder: pathlib.Path) -> None:
+    """What a run was asked for and has compiled, and nothing of what it did."""
+    results = shutil.ignore_patterns("checkpoint", "events*", "metrics.jsonl", "*.png", "table.*", "clients.csv")
+    shutil.copytree(whole, folder, ignore=results)
 
 
 def changed(path: pathlib.Path) -> float:
@@ -146,11 +141,14 @@ def differ(one: dict[str, object], other: dict[str, object]) -> list[str]:
 
 def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progress: Progress) -> dict[str, str]:
     """A row of the table: so many kills of runs with one store."""
-    draw, whole, folder = random.Random(f"{options.seed} {store}"), where / f"{store}-whole", where / f"{store}-0"
+    draw, whole, folder = random.Random(f"{options.seed} {store}"), where / f"{store}-whole", where / f"{store}-again"
     task = progress.add_task(f"{store}: in one piece", total=count)
-    seconds = run_until(command(options, store, whole), whole, None, False) or 0.0
+    run_until(command(options, store, whole), whole, None, False)
+    begin_anew(whole, folder)
+    seconds = run_until(command(options, store, folder), folder, None, False) or 0.0  # without compilation
     expected, kills, in_save, ended, reboots = results(whole), 0, 0, 0, 0
-    wrong: list[str] = []
+    wrong = differ(expected, results(folder))
+    begin_anew(whole, folder := where / f"{store}-0")
     progress.update(task, description=store)
     while kills < count or folder.exists():
         starting = draw.random() < STARTING
@@ -167,6 +165,8 @@ def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progr
         wrong += differ(expected, results(folder))
         ended += 1
         folder = where / f"{store}-{ended}"
+        if kills < count:
+            begin_anew(whole, folder)
     return {
         "store": store,
         "kills": str(kills),
