@@ -78,7 +78,7 @@ class Transport:
         @carry.def_vmap
         def one_by_one(size: int, batched, *args):
             def batch(x, is_batched):
-                return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+                return x if is_batched else jnp.broadcast_to(x, (size, *jnp.shape(x)))
 
             args = jax.tree.map(batch, args, tuple(batched))
             return jax.lax.map(lambda one: carry(*one), args), jax.tree.map(lambda _: True, shapes)

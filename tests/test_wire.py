@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import random
 import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -338,6 +340,29 @@ def test_chunks_devices_groups_and_stores_send_every_message_once(eight_devices)
         assert_same_bits(plain, wired)
         assert transport.messages == {"up": 12, "down": 12}
         check_bytes(wired[2], transport)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    "axes", [[(0, 0)], [(None, 0)], [(0, None)], [(0, None), (0, 0)], [(None, 0), (0, None)]], ids=str
+)
+def test_whatever_vmap_splits_is_sent_once_and_arrives(axes, jit):
+    """Payloads, clients, or both, once or twice; also in a compiled function, whose constants are numbers of Python's."""
+    transport, sizes = Transport(), (2, 3)[-len(axes) :]
+
+    @jit
+    def send(x, client):
+        return transport(identity_codec().encode(x, 0, KEY), direction="up", round=4, client=client).content
+
+    same = lambda x, client: x  # noqa: E731
+    for own in reversed(axes):
+        send, same = jax.vmap(send, in_axes=own), jax.vmap(same, in_axes=own)
+    x_shape, client_shape = ([n for n, own in zip(sizes, axes, strict=True) if own[i] == 0] for i in range(2))
+    x = jnp.arange(5.0 * math.prod(x_shape)).reshape(*x_shape, 5)
+    clients = jnp.arange(math.prod(client_shape)).reshape(client_shape)
+    np.testing.assert_array_equal(jit(send)(x, clients), same(x, clients))
+    assert transport.messages == {"up": math.prod(sizes), "down": 0}
+    assert transport.nbytes["up"] == math.prod(sizes) * (5 * 4 + 45)
 
 
 def send_large(layout, clients):
