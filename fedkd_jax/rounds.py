@@ -306,7 +306,7 @@ def kept_apart(tree: PyTree, round: Leaf) -> PyTree:
     none. A barrier would not do, as it is gone before operations are fused.
 
     Args:
-        tree: of arrays, of any dtype.
+        tree: of arrays; random keys and complex numbers are left as they are.
         round: `[]` int32, 0 or more.
 
     >>> x = {"w": jnp.array([1.5, -0.0, jnp.nan]), "there": jnp.array(True)}
@@ -317,8 +317,10 @@ def kept_apart(tree: PyTree, round: Leaf) -> PyTree:
 
     def same(x):
         x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer):
             return x ^ nothing.astype(x.dtype)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
         kind = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, kind)
         return jax.lax.bitcast_convert_type(bits ^ nothing.astype(bits.dtype), x.dtype)

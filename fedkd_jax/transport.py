@@ -70,9 +70,9 @@ class Transport:
 
         @custom_vmap
         def carry(content: PyTree, round, *fate) -> PyTree:
-            content, fate = kept_apart((content, fate), round)
+            content, fate = kept_apart((content, (round, *fate)), round)
             pieces = [_cut(x) for x in jax.tree.leaves(content)]
-            arrived = io_callback(functools.partial(self._carry, direction, shapes), shapes, pieces, round, *fate)
+            arrived = io_callback(functools.partial(self._carry, direction, shapes), shapes, pieces, *fate)
             return kept_apart(arrived, round)
 
         @carry.def_vmap

@@ -15,7 +15,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -175,39 +175,6 @@ def choose_devices(devices: int | None, cohort: int) -> int:
     if devices is not None and devices > there:
         raise ValueError(f"devices is {devices}; allowed: 1 to {there} on this {jax.default_backend()}")
     return devices or min(there, cohort)
-
-
-@contextlib.contextmanager
-def keep_programs(folder: pathlib.Path) -> Iterator[None]:
-    """What is compiled meanwhile goes into a folder too, and what is there already is not compiled again.
-
-    For a run that is to go on to the same bits: XLA tries out which of a GPU's kernels is the fastest, and may choose others
-    the next time. Where the user has set JAX_COMPILATION_CACHE_DIR that folder serves.
-
-    >>> import tempfile, jax
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> with keep_programs(folder / "programs"):
-    ...     two = jax.jit(lambda x: x + 1)(1)
-    >>> any((folder / "programs").iterdir()) or jax.config.jax_compilation_cache_dir is not None
-    True
-    """
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        yield
-        return
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # JAX looks at its settings once
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def versions() -> dict[str, str]:

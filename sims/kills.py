@@ -3,12 +3,13 @@
 For each store a run of `sims.run` ends undisturbed that has a journal of every round and checkpoints by Orbax as often as it
 lets itself. The same run, begun anew, is killed (SIGKILL) at a random moment and resumed, again and again; when it comes to
 its end all of it must be the same to the bit: the states of server and clients, what happened in each round, each evaluation,
-the metrics. Then it begins anew, with the first run's compiled programs, until there were so many kills. Nine of ten moments
-are drawn from the time in which rounds run and checkpoints are written, one from the start. After a quarter of the kills the
-journal is deleted, which is what a start of the machine does to it.
+the metrics. Then it begins anew, until there were so many kills. Nine of ten moments are drawn from the time in which rounds
+run and checkpoints are written, one from the start. After a quarter of the kills the journal is deleted, which is what a
+start of the machine does to it.
 """
 
 import dataclasses
+import os
 import pathlib
 import random
 import shutil
@@ -58,15 +59,20 @@ def command(options: Kills, store: str, folder: pathlib.Path) -> list[str]:
     begin = [sys.executable, "-m", "sims.run"]
     if (folder / "config.yaml").exists():
         return [*begin, "--resume", str(folder)]
+    shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun
     flags = ["--method", options.method, "--rounds", str(options.rounds), "--eval-every", "3", "--store", store]
-    flags += ["--save-rounds", "1", "--save-minutes", "0", "--out", str(folder)]
-    return [*begin, options.config, *options.flags, *flags]
-
-
-def begin_anew(whole: pathlib.Path, folder: pathlib.Path) -> None:
-    """What a run was asked for and has compiled, and nothing of what it did."""
-    results = shutil.ignore_patterns("checkpoint", "events*", "metrics.jsonl", "*.png", "table.*", "clients.csv")
-    shutil.copytree(whole, folder, ignore=results)
+    return [
+        *begin,
+        options.config,
+        *flags,
+        *options.flags,
+        "--save-rounds",
+        "1",
+        "--save-minutes",
+        "0",
+        "--out",
+        str(folder),
+    ]
 
 
 def changed(path: pathlib.Path) -> float:
@@ -78,7 +84,7 @@ def changed(path: pathlib.Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def run_until(argv: list[str], folder: pathlib.Path, moment: float | None, starting: bool) -> float | None:
+def run_until(argv: list[str], folder: pathlib.Path, env: dict, moment: float | None, starting: bool) -> float | None:
     """Runs it, kills it so many seconds after its first round, or its start; returns how long it took after that, None if it
     was killed.
 
@@ -88,7 +94,7 @@ def run_until(argv: list[str], folder: pathlib.Path, moment: float | None, start
     rows = folder / "checkpoint" / "rounds.bin"
     before = changed(rows)
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(argv, env=env, stdout=said, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None and not starting and changed(rows) == before:
                 time.sleep(0.002)
@@ -141,19 +147,24 @@ def differ(one: dict[str, object], other: dict[str, object]) -> list[str]:
 
 def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progress: Progress) -> dict[str, str]:
     """A row of the table: so many kills of runs with one store."""
-    draw, whole, folder = random.Random(f"{options.seed} {store}"), where / f"{store}-whole", where / f"{store}-again"
+    draw, env = (
+        random.Random(f"{options.seed} {store}"),
+        dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(where / "cache")),
+    )
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    whole = where / f"{store}-whole"
     task = progress.add_task(f"{store}: in one piece", total=count)
-    run_until(command(options, store, whole), whole, None, False)
-    begin_anew(whole, folder)
-    seconds = run_until(command(options, store, folder), folder, None, False) or 0.0  # without compilation
+    for attempt in range(2):  # the second finds its programs compiled: so long does a run take
+        folder = whole if attempt == 0 else where / f"{store}-again"
+        seconds = run_until(command(options, store, folder), folder, env, None, False) or 0.0
     expected, kills, in_save, ended, reboots = results(whole), 0, 0, 0, 0
     wrong = differ(expected, results(folder))
-    begin_anew(whole, folder := where / f"{store}-0")
+    folder = where / f"{store}-0"
     progress.update(task, description=store)
     while kills < count or folder.exists():
         starting = draw.random() < STARTING
         moment = None if kills >= count else draw.uniform(0, 8.0 if starting else seconds)
-        if run_until(command(options, store, folder), folder, moment, starting) is None:
+        if run_until(command(options, store, folder), folder, env, moment, starting) is None:
             kills += 1
             in_save += any((folder / "checkpoint").glob("**/*tmp*"))
             if draw.random() < REBOOTS:
@@ -165,8 +176,6 @@ def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progr
         wrong += differ(expected, results(folder))
         ended += 1
         folder = where / f"{store}-{ended}"
-        if kills < count:
-            begin_anew(whole, folder)
     return {
         "store": store,
         "kills": str(kills),

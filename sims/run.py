@@ -1,8 +1,8 @@
 """One experiment: `python -m sims.run CONFIG [--method NAME] [--overrides]`.
 
 Writes into a new folder runs/NAME-METHOD-N: config.yaml (resolved), metrics.jsonl, TensorBoard events, a picture of
-the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md and table.csv, remarks.txt where
-there are any, and the compiled programs. `python -m sims.report FOLDER` makes a page of it.
+the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), table.md and table.csv, and remarks.txt where
+there are any. `python -m sims.report FOLDER` makes a page of it.
 
 Its checkpoint is written while it runs (--save-rounds, --save-minutes) and at its end. After a kill, a full disk, Ctrl-C or
 SIGTERM, which finish the round and save, `python -m sims.run --resume FOLDER` goes on to the same numbers; with `--rounds N`
@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 import sys
@@ -88,6 +89,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         common.console.print(f"goes on after round {done}" if done else "no checkpoint yet: from the start")
         if config.rounds != saved.rounds:
             common.console.print(f"rounds is {config.rounds}, was {saved.rounds}: so long are schedules from here on")
+        if jax.default_backend() == "gpu" and "autotune_level=0" not in os.environ.get("XLA_FLAGS", ""):
+            tuned = "kernels are chosen anew, as XLA_FLAGS has no --xla_gpu_autotune_level=0"
+            common.console.print(f"{tuned}: from here on the same but for rounding")
         if devices != were.devices is not None:
             common.console.print(f"devices is {devices}, was {were.devices}: from here on the same but for rounding")
 
@@ -96,7 +100,6 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     events = _events(folder, done + 1) if first else contextlib.nullcontext()
     stopping = contextlib.nullcontext([]) if checkpoints is None else common.stop_on_signals(checkpoints)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(hardware.keep_programs(folder / "programs") if saves else contextlib.nullcontext())
         writer, progress = stack.enter_context(events), stack.enter_context(common.progress_bar())
         store, signals = stack.enter_context(stored), stack.enter_context(stopping)
         began, of_run = time.perf_counter() - before, {"method": name, "seed": config.seeds[0]}

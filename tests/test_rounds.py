@@ -37,6 +37,7 @@ from fedkd_jax import (
 )
 from fedkd_jax.data import take_clients
 from fedkd_jax.models import merge_params, split_params
+from fedkd_jax.rounds import kept_apart
 from fedkd_jax.types import LocalResult
 
 KEY = jax.random.key(11)
@@ -381,6 +382,21 @@ def test_every_client_gets_its_documented_key_in_every_round():
         _, clients, _ = run(server, ClientState(teacher=jnp.zeros(5)), data, jnp.arange(5) * 7, KEY)
         keys = [jax.random.split(client_key(KEY, round, i * 7))[0] for i in range(5)]
         assert clients.teacher.tolist() == [float(jax.random.uniform(k)) for k in keys]
+
+
+def test_what_is_kept_apart_has_the_same_bits_whatever_it_is():
+    """Also what a codec of one's own may send: random keys, complex numbers, nothing."""
+    bits = np.arange(64, dtype=np.uint32) * 67_108_879  # of every exponent; some are NaN
+    kinds = ["float32", "int32", "uint32", "float16", "bfloat16", "int8", "uint8", "float8_e4m3fn"]
+    tree = {
+        kind: jax.lax.bitcast_convert_type(jnp.asarray(bits.view(f"u{jnp.dtype(kind).itemsize}")), kind)
+        for kind in kinds
+    }
+    tree |= {"bool": bits % 3 == 0, "complex": jnp.asarray(bits).astype(complex), "empty": jnp.zeros((0, 2))}
+    kept = jax.jit(kept_apart)(tree | {"key": jax.random.split(KEY)}, 5)
+    assert jnp.array_equal(jax.random.key_data(kept.pop("key")), jax.random.key_data(jax.random.split(KEY)))
+    for name, x in tree.items():
+        assert np.asarray(kept[name]).tobytes() == np.asarray(x).tobytes(), name
 
 
 def test_an_unknown_message_is_an_error():

@@ -123,9 +123,7 @@ def test_a_run_goes_on_from_its_folder(store, tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with (part / "metrics.jsonl").open("a") as file:
         file.write('{"round": 5, "acc')
-    assert any("_run_rounds" in path.name for path in (part / "programs").iterdir()) == (store == "device")
     assert run.main(["--resume", str(part)]) == part
-    assert jax.config.jax_compilation_cache_dir == os.environ.get("JAX_COMPILATION_CACHE_DIR")
     assert timeless(part) == timeless(whole)
     assert (part / "table.csv").read_text() == (whole / "table.csv").read_text()
     if store == "disk":
