@@ -177,6 +177,18 @@ def choose_devices(devices: int | None, cohort: int) -> int:
     return devices or min(there, cohort)
 
 
+def chooses_kernels(backend: str, flags: str) -> bool:
+    """Whether XLA tries out which kernels are the fastest whenever it compiles, so that last digits may be others.
+
+    >>> [chooses_kernels("gpu", flags) for flags in ("", "--xla_gpu_autotune_level=0", "--xla_gpu_deterministic_ops=true")]
+    [True, False, False]
+    >>> chooses_kernels("cpu", "")
+    False
+    """
+    settled = {"--xla_gpu_autotune_level=0", "--xla_gpu_deterministic_ops=true"}
+    return backend == "gpu" and settled.isdisjoint(flags.split())
+
+
 def versions() -> dict[str, str]:
     """Of what decides the last digits of a result.
 
