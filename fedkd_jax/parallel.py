@@ -143,7 +143,8 @@ def map_clients(
         tell: whether `fn` has a last argument, [] bool: False where it runs for a client once more, only to fill a group up.
 
     Returns:
-        `out` stacked `[K]` in the order given, and the sum of the summands.
+        `out` stacked `[K]` in the order given, and the sum of the summands. Where `out` is a tuple that begins with what the
+        first of `stacked` is like, such as states, the new ones are written in the place of the old: no buffer but theirs.
 
     Raises:
         TypeError: no function.
@@ -172,7 +173,8 @@ def map_clients(
     valid = jnp.arange(size) < clients
 
     summed_shape = jax.eval_shape(lambda s: sum_fn(jax.tree.map(lambda x: x[None], s)), summand_shape)
-    run = functools.partial(_map_on_device, fn, sum_fn, groups, chunk, summed_shape, size > clients, tell)
+    in_place = type(out_shape) is tuple and out_shape[:1] != () and _alike(out_shape[0], one[0])
+    run = functools.partial(_map_on_device, fn, sum_fn, groups, chunk, summed_shape, size > clients, tell, in_place)
     if layout.mesh is not None:
         on_device, split, whole = run, PartitionSpec(AXIS), PartitionSpec()
 
@@ -191,25 +193,41 @@ def map_clients(
     return (out if size == clients else jax.tree.map(lambda x: x[:clients], out)), total
 
 
+def _alike(a: PyTree, b: PyTree) -> bool:
+    of = lambda tree: (jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)])  # noqa: E731
+    return of(a) == of(b)
+
+
 def _map_on_device(
-    fn, sum_fn, groups: int, chunk: int, summed_shape, padding: bool, tell: bool, stacked, valid, shared
+    fn, sum_fn, groups: int, chunk: int, summed_shape, padding: bool, tell: bool, in_place: bool, stacked, valid, shared
 ):
     def one(args, valid):
         out, summand = fn(*args, *shared, *([valid] if tell else []))
         return out, jax.tree.map(lambda x: jnp.where(valid, x, jnp.zeros_like(x)), summand) if padding else summand
 
-    def group(total, xs):
+    def group(carry, xs):
+        total, held = carry
+        i, args, valid = xs
+        if in_place:
+            args = (jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), held), *args)
         if chunk == 1:
-            done = one(*jax.tree.map(lambda x: x[0], xs))
-            out, summands = jax.tree.map(lambda x: x[None], done)
+            out, summand = one(args, valid)
+            summands = jax.tree.map(lambda x: jnp.asarray(x)[None], summand)
         else:
-            out, summands = jax.vmap(one)(*xs)
-        return jax.tree.map(jnp.add, total, sum_fn(summands)), out
+            out, summands = jax.vmap(one)(args, valid)
+        if in_place:
+            new, *out = out
+            held = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), held, new)
+        return (jax.tree.map(jnp.add, total, sum_fn(summands)), held), out
 
-    xs = jax.tree.map(lambda x: jnp.asarray(x).reshape(groups, chunk, *x.shape[1:]), (stacked, valid))
+    # without an axis for chunks of 1, for which XLA would choose another layout, and copy all states into it and back
+    split = lambda x: jnp.asarray(x).reshape(*((groups,) if chunk == 1 else (groups, chunk)), *x.shape[1:])  # noqa: E731
+    xs, valid = jax.tree.map(split, (stacked, valid))
+    held, xs = (xs[0], xs[1:]) if in_place else ((), xs)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summed_shape)
-    total, out = jax.lax.scan(group, zeros, xs)
-    return jax.tree.map(lambda x: x.reshape(groups * chunk, *x.shape[2:]), out), total
+    (total, held), out = jax.lax.scan(group, (zeros, held), (jnp.arange(groups), xs, valid))
+    out = (held, *out) if in_place else out
+    return jax.tree.map(lambda x: x.reshape(groups * chunk, *x.shape[1 if chunk == 1 else 2 :]), out), total
 
 
 def place(tree: Any, layout: Layout, *spec: str | None) -> Any:

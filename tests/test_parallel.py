@@ -69,6 +69,26 @@ def test_sharded_equals_a_loop(eight_devices, devices, chunk, clients, data):
     assert float(out[1]["one"]) == clients
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_states_are_written_in_the_place_of_the_old_ones(chunk):
+    """What comes back like the first of `stacked` needs no memory beside it; what does not is the same."""
+    own, steps = {"w": jnp.ones((64, 4, 500))}, jnp.arange(64)
+
+    def run(own, steps, pack, like):
+        new = lambda own, steps: (pack(({"w": (own["w"] + steps).astype(like)}, steps)), steps)  # noqa: E731
+        return map_clients(new, (own, steps), layout=Layout(chunk=chunk))[0]
+
+    def held(pack):
+        jitted = jax.jit(run, donate_argnums=0, static_argnums=(2, 3))
+        return jitted.lower(own, steps, pack, jnp.float32).compile().memory_analysis().temp_size_in_bytes
+
+    assert held(tuple) < own["w"].nbytes / 4 < held(list)
+    expected = own["w"] + steps[:, None, None]
+    for pack, like in ((tuple, jnp.float32), (list, jnp.float32), (tuple, jnp.bfloat16)):
+        new, also = run(own, steps, pack, like)
+        chex.assert_trees_all_equal((new["w"], also), (expected.astype(like), steps))
+
+
 def in_pairs(own, steps):
     return map_clients(train, (own, steps), (SHARED,), layout=Layout(chunk=2))
 
