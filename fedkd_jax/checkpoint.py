@@ -9,7 +9,7 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ from jax.experimental import multihost_utils
 
 from fedkd_jax.check import check_int, check_number, damaged
 from fedkd_jax.history import HistoryFiles
-from fedkd_jax.journal import Journal
+from fedkd_jax.journal import Journal, plain
 from fedkd_jax.parallel import Layout
 from fedkd_jax.population import halves, state_shapes
+from fedkd_jax.recorder import Recorder, read_parts
 from fedkd_jax.stores import HostStore, Store, lock
 from fedkd_jax.types import Algorithm, ClientState, History, Key, Number, PyTree, RoundInfo, State
 
@@ -53,7 +54,8 @@ class Checkpoints:
         folder: where; a `DiskStore` must be `DiskStore(folder, resume=True)` of the same folder.
         rounds: the state goes into the journal after every so many rounds, counted from the run's first: in milliseconds, but
             the longer the more clients there are whose states, or in a `DiskStore` whose places, are to be written. It survives
-            the process, not the machine (see `Journal`). Of several processes it is a checkpoint. None for never.
+            the process, not the machine (see `Journal`). Of several processes it is a checkpoint. None for never. On a CPU the
+            devices write their states from within the compiled rounds; JAX's compilation cache does not keep such programs.
         minutes: a checkpoint by Orbax, while the next rounds run, after so many minutes, or 20 times what the last one took, if
             that is longer; None for none by time. There is always one after the last round.
         keep: so many of the newest checkpoints stay.
@@ -104,8 +106,10 @@ class Checkpoints:
         """The newest state that is saved, if there is one. This and the following are what `simulate` calls."""
         self._store, self._key, self._population, self._files = store, key, population, HistoryFiles(self.folder)
         self._journal, self._saving, self._noted, self._whole = Journal(self.folder), None, None, False
-        self._begun, self._took, self._evaluated = time.monotonic(), 0.0, 0
-        self._same: dict | None = None
+        self._begun, self._took = time.monotonic(), 0.0
+        self._evaluated: list[int] = []  # after which rounds, of evaluations that are written
+        self._same: dict[str, Any] = {}
+        self._recorder: Recorder | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder / f"lock-{jax.process_index()}")
         self._manager = _manager(self.folder, self.keep, wait=False)
@@ -122,16 +126,36 @@ class Checkpoints:
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._evaluated, self._noted = len(history.evaluations), done  # in the journal, or else a checkpoint
+        self._evaluated = [evaluation["round"] for evaluation in history.evaluations]
+        self._noted = done  # in the journal, or else a checkpoint
         return state, history
+
+    def recorder(self, state: State, layout: Layout, cohort: int, last: int) -> int | None:
+        """The number of the `Recorder` that rounds on the device call from this state on; None where `save` does its work."""
+        if self.rounds is None or jax.default_backend() != "cpu" or jax.process_count() > 1:
+            return None
+        self._describe(state)
+        about = lambda round: self._meta(round) | {"index": [], "devices": layout.devices}  # noqa: E731
+        options: dict[str, Any] = dict(every=self.rounds, last=last, cohort=cohort, devices=layout.devices, about=about)
+        self._recorder = Recorder(self._journal, self._files, **options)
+        return self._recorder.number
 
     def bound(self, done: int, last: int) -> int:
         """The round that is to be the last of those that run in one program after `done` rounds."""
-        return last if self.rounds is None else min(last, (done // self.rounds + 1) * self.rounds)
+        if self.rounds is None or self._recorder is not None:
+            return last
+        return min(last, (done // self.rounds + 1) * self.rounds)
 
     def note(self, first: int, info: RoundInfo) -> None:
         """What happened in the rounds `[r]` that begin with round `first`."""
+        if self._recorder is not None:
+            self._recorder.check()
         self._files.write(first, info)
+
+    def note_evaluation(self, evaluation: dict) -> None:
+        """What an evaluation gave, which is after the rounds that were noted."""
+        self._files.write_evaluation(evaluation)
+        self._evaluated.append(evaluation["round"])
 
     def due(self, round: int, last: int) -> bool:
         """Whether to save after this round."""
@@ -141,16 +165,11 @@ class Checkpoints:
         self._whole = self._stop or by_time or round == last or (by_rounds and jax.process_count() > 1)
         return self._whole or by_rounds
 
-    def save(self, state: State, evaluations: Sequence[dict], last: int) -> None:
+    def save(self, state: State, last: int) -> None:
         """Saves what is there, as `due` said; raises `Stopped`, if it was to stop. The state may be consumed afterwards."""
         round, start = int(state.server.round), time.monotonic()
-        for evaluation in evaluations[self._evaluated :]:
-            self._files.write_evaluation(evaluation)
-        self._evaluated = len(evaluations)
-        if self._same is None:  # the same after every round
-            own = {"population": self._population, "rounds": self._files.fields()}
-            self._same = _about(state, self._store, self._key) | own
-        meta = self._same | {"round": round, "evaluations": [e["round"] for e in evaluations]}
+        self._describe(state)
+        meta = self._meta(round)
         if not self._whole:
             return self._note_down(state, meta)
         self._settle()
@@ -171,6 +190,8 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         """Lets go of what it holds open; an error of the disk says what is left."""
         try:
+            if self._recorder is not None:
+                self._recorder.close()
             self._files.close()
             self._journal.close()
             with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):  # which says it already
@@ -188,12 +209,19 @@ class Checkpoints:
             self._manager.wait_until_finished()
         self._forget_others()
 
+    def _describe(self, state: State) -> None:
+        if not self._same:  # the same after every round
+            self._same = _about(state, self._store, self._key) | {"population": self._population}
+
+    def _meta(self, round: int) -> dict:
+        return self._same | {"round": round, "rounds": self._files.fields(), "evaluations": [*self._evaluated]}
+
     def _note_down(self, state: State, meta: dict) -> None:
         round, carried, index = meta["round"], state, {}
         if self._store is not None:
             carried, index = state.server, self._store.index(self.folder, round, sync=False)
-        meta["index"] = [[name, x.dtype.str, list(x.shape)] for name, x in index.items()]
-        self._journal.write(meta, [*map(_plain, jax.tree.leaves(carried)), *index.values()])
+        meta |= {"index": [[name, x.dtype.str, list(x.shape)] for name, x in index.items()]}
+        self._journal.write(meta, [*map(plain, jax.tree.leaves(carried)), *index.values()])
         self._noted = round
         self._forget_others()
 
@@ -329,9 +357,11 @@ def _load(
             restored = manager.restore(steps[-1], args=args)["state"]
     else:
         leaves, tree = jax.tree.flatten(placed)
-        plain = [jax.eval_shape(_plain, leaf) for leaf in leaves]
-        read = arrays([(x.dtype, x.shape) for x in plain] + [(dtype, shape) for _, dtype, shape in meta["index"]])
-        restored = tree.unflatten([_typed(x, leaf) for x, leaf in zip(read, leaves, strict=False)])
+        numbers = [(x.dtype, x.shape) for x in (jax.eval_shape(plain, leaf) for leaf in leaves)]
+        alone = len(jax.tree.leaves(placed if meta["store"] else placed.server))
+        more = [(dtype, shape) for _, dtype, shape in meta["index"]]
+        read = read_parts(arrays, numbers[:alone], numbers[alone:], more, devices=meta.get("devices", 1))
+        restored = tree.unflatten(map(_typed, read[: len(leaves)], leaves))
         index = {name: x for (name, *_), x in zip(meta["index"], read[len(leaves) :], strict=True)}
         steps = [*steps, meta["round"]]
     init_key, _ = halves(key)  # as `simulate` does
@@ -382,11 +412,6 @@ def _manager(folder: pathlib.Path, keep: int = 1, *, wait: bool = True) -> ocp.C
         max_to_keep=keep, enable_async_checkpointing=not wait, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(folder.absolute() / "server", options=options, item_names=("state", "meta"))
-
-
-def _plain(leaf: jax.Array) -> jax.Array:
-    """Numbers, also of random keys."""
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _typed(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

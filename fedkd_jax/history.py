@@ -39,6 +39,7 @@ class HistoryFiles:
         self._dtype: np.dtype | None = None  # of a row
         self._writes = jax.process_index() == 0
         self._file: int | None = None
+        self._unsynced: list[pathlib.Path] = []  # of evaluations
 
     def write(self, first: int, info: RoundInfo) -> None:
         """The rounds `[r]` that begin with round `first`; not safe from a loss of power before `sync`.
@@ -64,20 +65,23 @@ class HistoryFiles:
             left, at = left[done:], at + done
 
     def write_evaluation(self, evaluation: dict) -> None:
-        """An entry of `History.evaluations`."""
+        """An entry of `History.evaluations`; not safe from a loss of power before `sync`."""
         if not self._writes:
             return
         path = self._evaluation(evaluation["round"])
         with open(path.with_suffix(".tmp"), "wb") as file:
             np.savez(file, **{json.dumps(keys): value for keys, value in _flat(evaluation)})
-            file.flush()
-            os.fsync(file.fileno())
         path.with_suffix(".tmp").rename(path)
+        self._unsynced.append(path)
 
     def sync(self) -> None:
-        """Puts the rows on the disk."""
+        """Puts all on the disk that this process wrote or read."""
         if self._file is not None:
             os.fsync(self._file)
+        while self._unsynced:
+            with self._unsynced[-1].open("rb") as file:
+                os.fsync(file.fileno())
+            self._unsynced.pop()
 
     def fields(self) -> list | None:
         """What a row is, `[[field, dtype, shape]]`, None where there was none."""
@@ -99,6 +103,8 @@ class HistoryFiles:
         if len(rows) != rounds:
             raise FileNotFoundError(f"{self.path} has {len(rows)} rounds; allowed: at least {rounds}")
         loaded = [self._read_evaluation(round) for round in evaluations]
+        # the process that wrote them may have been killed before
+        self._unsynced = [self._evaluation(round) for round in evaluations if self._writes]
         return History(rounds=_info(rows), evaluations=tuple(loaded))
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedkd_jax.types import Array
@@ -48,14 +49,30 @@ class Journal:
         Raises:
             OSError: the disk is full.
         """
+        pieces = [piece for array in arrays for piece in _pieces(array)]
+        for piece in pieces:  # from an accelerator they come side by side
+            if isinstance(piece, jax.Array):
+                piece.copy_to_host_async()
+        parts = [as_bytes(piece) for piece in pieces]
+        self.begin()
+        self.put(0, parts)
+        self.end(about, sum(part.size for part in parts))
+
+    def begin(self) -> None:
+        """From here on the older of the two records is not whole; `put` and `end` write a new one."""
         if not self._files:
             self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in self.paths]
-        file, path = self._files[self._next], self.paths[self._next]
+        self._put([np.zeros(HEAD, np.uint8)], 0)
+
+    def put(self, at: int, parts: Sequence[np.ndarray]) -> None:
+        """Bytes one after another, from byte `at` of the record on. Several threads may put theirs."""
+        self._put(parts, HEAD + at)
+
+    def end(self, about: dict[str, Any], size: int) -> None:
+        """All `size` bytes of the arrays are there."""
         said = json.dumps(about | {"boot": _boot()}).encode()
-        _write(file, path, [np.zeros(HEAD, np.uint8)], 0)
-        end = _write(file, path, [part for array in arrays for part in _parts(array)], HEAD)
-        _write(file, path, [np.frombuffer(said, np.uint8)], end)
-        _write(file, path, [np.array([len(said), end], np.int64).view(np.uint8)], 0)
+        self._put([np.frombuffer(said, np.uint8)], HEAD + size)
+        self._put([np.array([len(said), HEAD + size], np.int64).view(np.uint8)], 0)
         self._next = 1 - self._next
 
     def newest(self):
@@ -75,6 +92,9 @@ class Journal:
         while self._files:
             os.close(self._files.pop())
 
+    def _put(self, parts: Sequence[np.ndarray], at: int) -> None:
+        _write(self._files[self._next], self.paths[self._next], parts, at)
+
 
 @functools.cache
 def _boot() -> str:
@@ -83,13 +103,29 @@ def _boot() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _parts(array: Array) -> list[np.ndarray]:
-    """The bytes of an array, which may be split over devices along its first axis, without a copy."""
-    parts = [array]
-    if isinstance(array, jax.Array):
-        parts = [array.addressable_data(i) for i in _order(array.sharding, array.shape)]
-    whole = (np.ascontiguousarray(part) for part in parts)
-    return [part.reshape(-1).view(np.uint8) for part in whole if part.size]
+def plain(leaf: jax.Array) -> jax.Array:
+    """Numbers, also of random keys.
+
+    >>> plain(jax.random.key(7)).tolist()
+    [0, 7]
+    """
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def as_bytes(array: Array) -> np.ndarray:
+    """Its bytes, of an array of this process's memory without a copy.
+
+    >>> as_bytes(np.ones((1, 2), np.int16)).tolist()
+    [1, 0, 1, 0]
+    """
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _pieces(array: Array) -> list[Array]:
+    """An array, or the pieces of one that is split over devices along its first axis."""
+    if not isinstance(array, jax.Array):
+        return [array]
+    return [array.addressable_data(i) for i in _order(array.sharding, array.shape)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,13 +138,12 @@ def _order(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[int]
     return [starts.index(start) for start in sorted(set(starts))]
 
 
-def _write(file: int, path: pathlib.Path, parts: Sequence[np.ndarray], at: int) -> int:
-    """Writes bytes one after another; returns where they end."""
-    os.lseek(file, at, os.SEEK_SET)
-    left = collections.deque(part.data for part in parts)
+def _write(file: int, path: pathlib.Path, parts: Sequence[np.ndarray], at: int) -> None:
+    """Writes bytes one after another, from `at` on."""
+    left = collections.deque(part.data for part in parts if part.size)
     while left:
         try:
-            done = os.writev(file, list(itertools.islice(left, MOST_PARTS)))
+            done = os.pwritev(file, list(itertools.islice(left, MOST_PARTS)), at)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
         at += done
@@ -116,7 +151,6 @@ def _write(file: int, path: pathlib.Path, parts: Sequence[np.ndarray], at: int) 
             done -= len(left.popleft())
         if done:
             left[0] = left[0][done:]
-    return at
 
 
 def _read_about(path: pathlib.Path) -> dict[str, Any] | None:

@@ -22,9 +22,10 @@ from fedkd_jax.metrics import AnyMetric
 from fedkd_jax.parallel import Layout, map_clients, place
 from fedkd_jax.participation import Participation
 from fedkd_jax.population import check_key, init_server, init_state, place_data
+from fedkd_jax.recorder import record
 from fedkd_jax.stores import Store
 from fedkd_jax.stream import Stream
-from fedkd_jax.types import Algorithm, ClientSource, FederatedData, History, Key, RoundInfo, State
+from fedkd_jax.types import Algorithm, ClientSource, FederatedData, History, Key, Leaf, RoundInfo, State
 
 SECONDS_PER_CALL = 1.0
 
@@ -158,9 +159,10 @@ def simulate(
             store.round = last
             return state, history
         options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
+        recorder = None if checkpoints is None else checkpoints.recorder(state, layout, cohort or clients, last)
 
         def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
-            state, info = _run_rounds(state, data, run_key, jnp.int32(count), **options)
+            state, info = _run_rounds(state, data, run_key, jnp.int32(count), recorder, **options)
             # before jax 0.12, collectives of two programs in flight can wait for each other for ever
             return state, [jax.tree.map(lambda x: x[:count], jax.device_get(info))]
 
@@ -363,6 +365,22 @@ def _loop(
     """
     infos = [] if earlier is None else [[earlier.rounds]]
     evaluations = [] if earlier is None else [[evaluation] for evaluation in earlier.evaluations]
+
+    def evaluation_due(round: int) -> bool:
+        return eval_every is not None and round % eval_every == 0
+
+    def evaluate_after(round: int) -> None:
+        if evaluate_fn is None:
+            return
+        flush()
+        evaluations.append([{"round": round, **evaluation} for evaluation in evaluate_fn(state)])
+        if checkpoints is not None:
+            checkpoints.note_evaluation(evaluations[-1][0])
+        if on_evaluation is not None:
+            on_evaluation(_histories(infos, evaluations))
+
+    if earlier is not None and evaluation_due(first) and first not in [e["round"] for e in earlier.evaluations]:
+        evaluate_after(first)  # saved, and killed before
     in_one_go = on_rounds is None and checkpoints is None
     done, per_call = first, min(eval_every or last, last - first) if in_one_go else 1
     while done < last:
@@ -376,16 +394,13 @@ def _loop(
             per_call = max(1, int(SECONDS_PER_CALL * (stop - done) / elapsed))
         if on_rounds is not None:
             on_rounds(stop, info)
-        if evaluate_fn is not None and (stop == last or (eval_every and stop % eval_every == 0)):
-            flush()
-            evaluations.append([{"round": stop, **evaluation} for evaluation in evaluate_fn(state)])
-            if on_evaluation is not None:
-                on_evaluation(_histories(infos, evaluations))
         if checkpoints is not None:
             checkpoints.note(done, info[0])
-            if checkpoints.due(stop, last):
-                flush()
-                checkpoints.save(state, [of_seed[0] for of_seed in evaluations], last)
+        if stop == last or evaluation_due(stop):
+            evaluate_after(stop)
+        if checkpoints is not None and checkpoints.due(stop, last):
+            flush()
+            checkpoints.save(state, last)
         done = stop
     return state, _histories(infos, evaluations)
 
@@ -404,6 +419,7 @@ def _run_rounds(
     data: FederatedData,
     key: Key,
     rounds,
+    recorder: Leaf | None = None,
     *,
     round_fn,
     cohort: int,
@@ -411,7 +427,7 @@ def _run_rounds(
     layout: Layout,
     participation: Participation = Participation(),
 ):
-    """`rounds` <= `length` rounds; their infos in the first rows of `[length, K]` buffers."""
+    """`rounds` <= `length` rounds; their infos in the first rows of `[length, K]` buffers. A recorder is told of each."""
     clients = data.start.shape[0]
     held = min((x.shape[0] for x in jax.tree.leaves(state.clients)), default=clients)
     # then nothing is moved: with take and put each device would get the states of all others
@@ -434,6 +450,8 @@ def _run_rounds(
     def body(i, carry):
         state, infos = carry
         state, info = one_round(state)
+        if recorder is not None:
+            record(recorder, state, info, layout)
         return state, jax.tree.map(lambda rows, x: rows.at[i].set(x), infos, info)
 
     _, info = jax.eval_shape(one_round, state)

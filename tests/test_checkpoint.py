@@ -1,5 +1,6 @@
 """Laws of `fedkd_jax.checkpoint`: a run goes on from disk to the same bits, whatever happened after it was saved."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -10,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import chex
 import hypothesis
@@ -26,13 +29,18 @@ from fedkd_jax import (
     DiskStore,
     HostStore,
     Layout,
+    LossTerms,
+    RoundInfo,
     Stopped,
     checkpoint,
+    client_mesh,
     journal,
     load_state,
     save_state,
     simulate,
 )
+from fedkd_jax.history import HistoryFiles
+from fedkd_jax.recorder import Recorder, read_parts
 
 KEY = jax.random.key(23)
 DATA = strategies.small_data()
@@ -336,10 +344,15 @@ def test_the_newest_are_kept_and_an_older_one_is_whole(where, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [(dict(rounds=4), [4, 6]), (dict(rounds=None), [6]), (dict(rounds=None, minutes=0.0), [1, 2])],
+    ("where", "options", "expected"),
+    [
+        ("device", dict(rounds=4), [6]),  # the devices write after round 4
+        ("host", dict(rounds=4), [4, 6]),
+        ("device", dict(rounds=None), [6]),
+        ("device", dict(rounds=None, minutes=0.0), [1, 2]),
+    ],
 )
-def test_a_checkpoint_is_due_by_rounds_by_time_and_at_the_end(options, expected, tmp_path, monkeypatch):
+def test_a_checkpoint_is_due_by_rounds_by_time_and_at_the_end(where, options, expected, tmp_path, monkeypatch):
     saved, save = [], Checkpoints.save
     monkeypatch.setattr("fedkd_jax.checkpoint.LEAST_SHARE", 0)  # of what the last one took
 
@@ -348,7 +361,7 @@ def test_a_checkpoint_is_due_by_rounds_by_time_and_at_the_end(options, expected,
         save(self, state, *more)
 
     monkeypatch.setattr(Checkpoints, "save", spy)
-    saved_run(tmp_path, **options)
+    saved_run(tmp_path, where, **options)
     assert saved[: len(expected)] == expected
     assert saved[-1] == 6
 
@@ -367,7 +380,7 @@ def test_a_disk_that_is_full_is_told_and_what_was_saved_is_whole(where, tmp_path
         return full
 
     monkeypatch.setattr(os, "pwrite", until_full(os.pwrite))  # clients' states
-    monkeypatch.setattr(os, "writev", until_full(lambda file, parts, write=os.writev: write(file, parts[:2])))
+    monkeypatch.setattr(os, "pwritev", until_full(lambda file, parts, at, write=os.pwritev: write(file, parts[:2], at)))
     with pytest.raises(OSError, match="No space left on device"):
         saved_run(tmp_path, where)
     monkeypatch.undo()
@@ -386,14 +399,141 @@ def test_a_journal_goes_on_where_the_system_stopped_writing(sizes, pieces, at, t
         itertools.cycle(pieces),
     )
 
-    def some(file, views):
-        return os.write(file, b"".join(views)[: next(turn)])
+    def some(file, views, at):
+        return os.pwrite(file, b"".join(views)[: next(turn)], at)
 
     path.write_bytes(b"x" * at)
     with path.open("r+b") as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "writev", some)
-        assert journal._write(file.fileno(), path, parts, at) == at + len(whole)
+        patch.setattr(os, "pwritev", some)
+        journal._write(file.fileno(), path, parts, at)
     assert path.read_bytes() == b"x" * at + whole
+
+
+def some_info(cohort, seed=0):
+    rng = np.random.default_rng(seed)
+    some = lambda kind, but: {f.name: rng.random(cohort) for f in dataclasses.fields(kind) if f.name not in but}  # noqa: E731
+    ranks = {"dense_0/kernel": rng.integers(9, size=(cohort, 2))}
+    return RoundInfo(terms=LossTerms(**some(LossTerms, ())), ranks=ranks, **some(RoundInfo, ("terms", "ranks", "turn")))
+
+
+@hypothesis.given(
+    devices=st.integers(1, 3),
+    every=st.integers(1, 3),
+    rounds=st.integers(1, 7),
+    cohort=st.integers(1, 6),
+    slow=st.lists(st.sampled_from([0.0, 0.002]), min_size=1),
+)
+def test_a_record_is_of_one_round_however_the_devices_run(devices, every, rounds, cohort, slow, tmp_path_factory):
+    """Nothing but `part` holds them back, which is so where nothing is added up over clients."""
+    folder, told = tmp_path_factory.mktemp("recorder"), []
+    files, kept = HistoryFiles(folder), journal.Journal(folder)
+    about = lambda round: told.append(kept.newest()) or {"round": round, "rows": len(told)}  # noqa: E731
+    options = dict(every=every, last=rounds, cohort=cohort, devices=devices, about=about)
+    recorder = Recorder(kept, files, **options)
+    server = lambda round: [np.full((2, 3), round, np.float32), np.array(round)]  # noqa: E731
+    clients = lambda round: [100.0 * round + np.arange(devices * 2 * 3).reshape(devices * 2, 3), np.arange(devices * 2)]  # noqa: E731
+    info = lambda round: some_info(cohort, seed=round)  # noqa: E731
+
+    def run(device, pauses):
+        for round in range(1, rounds + 1):
+            time.sleep(next(pauses))
+            own = slice(device * 2, (device + 1) * 2)
+            mine = slice(device * cohort // devices, (device + 1) * cohort // devices) if cohort % devices == 0 else ...
+            known = jax.tree.map(lambda x: x[mine], info(round))  # noqa: B023
+            recorder.part(device, round, server(round), [x[own] for x in clients(round)], known)
+
+    threads = [threading.Thread(target=run, args=(i, itertools.cycle(slow[i:] + slow[:i]))) for i in range(devices)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    recorder.check()
+    recorder.close()
+    saved = [round for round in range(every, rounds, every)]
+    assert len(told) == len(saved)
+    # while a record was written, the one before was whole
+    assert [None if x is None else x[0]["round"] for x in told] == [None, *saved[:-1]][: len(saved)]
+    history = files.read(rounds, files.fields(), [])
+    chex.assert_trees_all_equal(history.rounds, jax.tree.map(lambda *x: np.stack(x), *map(info, range(1, rounds + 1))))
+    if saved:
+        said, arrays = kept.newest()
+        assert said["round"] == saved[-1]
+        shapes = lambda leaves: [(x.dtype, x.shape) for x in leaves]  # noqa: E731
+        read = read_parts(arrays, shapes(server(0)), shapes(clients(0)), [], devices=devices)
+        chex.assert_trees_all_equal(read, [*server(saved[-1]), *clients(saved[-1])])
+    files.close()
+    kept.close()
+
+
+def test_a_device_that_cannot_write_lets_the_others_go_on(tmp_path, monkeypatch):
+    files, kept = HistoryFiles(tmp_path), journal.Journal(tmp_path)
+    recorder = Recorder(kept, files, every=1, last=9, cohort=1, devices=2, about=lambda round: {"round": round})
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(journal.Journal, "put", lambda *_: (_ for _ in ()).throw(full))
+    run = lambda: [recorder.part(1, round, [], [], some_info(1)) for round in (1, 2, 3)]  # noqa: E731
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    recorder.part(0, 1, [], [], some_info(1))
+    with pytest.raises(OSError, match="No space left"):
+        recorder.check()
+    recorder.close()
+    files.close()
+    kept.close()
+
+
+def test_files_are_closed_only_when_no_device_writes(tmp_path, monkeypatch):
+    """A program that runs on after an interrupt must not write where another file is by then."""
+    kept, begun, goes_on, closed = journal.Journal(tmp_path), *(threading.Event() for _ in range(3))
+    recorder = Recorder(
+        kept, HistoryFiles(tmp_path), every=1, last=9, cohort=1, devices=1, about=lambda r: {"round": r}
+    )
+    monkeypatch.setattr(journal.Journal, "put", lambda *_: begun.set() or goes_on.wait(20))
+    device = threading.Thread(target=recorder.part, args=(0, 1, [], [], some_info(1)))
+    device.start()
+    assert begun.wait(20)
+    closes = threading.Thread(target=lambda: recorder.close() or closed.set())
+    closes.start()
+    assert not closed.wait(0.1)
+    goes_on.set()
+    assert closed.wait(20)
+    assert kept.newest()[0]["round"] == 1
+    recorder.part(0, 2, [], [], some_info(1))
+    assert kept.newest()[0]["round"] == 1
+    kept.close()
+
+
+@pytest.mark.parametrize("name", ["fedkd, optimiser kept", "local_only"])
+@pytest.mark.parametrize("cohort", [2, 3, 5])
+def test_devices_write_their_own_clients_and_the_next_run_is_the_same_program(name, cohort, tmp_path, eight_devices):
+    """States of 5 clients are padded to 6 for two devices, and cohorts of 3 and 5 are not split."""
+    split = strategies.ALGORITHMS[name](Layout(mesh=client_mesh(2), chunk=1))
+    options = dict(cohort=cohort, test=TEST, eval_every=4)
+    whole = jax.device_get(simulate(split, 5, DATA, KEY, rounds=6, **options))
+    programs = []
+    for i in range(2):
+        checkpoints = Checkpoints(tmp_path / f"{i}", rounds=1)
+        with pytest.raises(Killed):
+            simulate(split, 5, DATA, KEY, rounds=6, on_rounds=killed_after(5), checkpoints=checkpoints, **options)
+        assert checkpoints.latest() == 5  # the last is a checkpoint, which was not yet begun
+        programs.append(sys.modules["fedkd_jax.simulate"]._run_rounds._cache_size())
+        state, history = simulate(split, 5, DATA, KEY, rounds=6, checkpoints=Checkpoints(tmp_path / f"{i}"), **options)
+        chex.assert_trees_all_equal(jax.device_get((state, history)), whole)
+    assert programs[0] == programs[1]
+
+
+def test_an_evaluation_that_was_not_written_is_made_again(tmp_path):
+    """Killed between the record of round 4, which devices write, and its evaluation."""
+    with pytest.raises(Killed):
+        saved_run(tmp_path, on_rounds=killed_after(4))
+    assert Checkpoints(tmp_path).latest() == 4
+    assert not (tmp_path / "evaluation-4.npz").exists()
+    for on_rounds in (killed_after(5), None):
+        with pytest.raises(Killed) if on_rounds else contextlib.nullcontext():
+            state, history = saved_run(tmp_path, on_rounds=on_rounds)
+    same_as_in_one_piece(tmp_path, "device", state, history)
 
 
 def test_what_fails_when_orbax_writes_is_told_as_the_disks(tmp_path, monkeypatch):

@@ -1,0 +1,156 @@
+"""The journal's record of a round, written from within the compiled program: each device writes its own clients, all at once.
+
+Rounds then stay in one program, as they are without a journal. That Python can read a device's arrays where they lie is true of
+a CPU only; elsewhere `checkpoint.py` writes between programs of a round each.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import PartitionSpec
+
+from fedkd_jax.history import HistoryFiles
+from fedkd_jax.journal import Journal, as_bytes, plain
+from fedkd_jax.parallel import AXIS, Layout
+from fedkd_jax.types import Leaf, RoundInfo, State
+
+# programs name theirs by a number, so that the next run's is not another program
+_recorders: dict[int, "Recorder"] = {}
+_numbers = itertools.count()
+
+
+class Recorder:
+    """Of one run, until `close`.
+
+    Args:
+        journal: where a state goes.
+        history: where what happened in a round goes, before the state does.
+        every: of so many rounds the last one's state is written,
+        last: but not that of this round, after which there is a checkpoint.
+        cohort: clients in a round.
+        devices: how many call for each round.
+        about: `round -> what describes the record`.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        history: HistoryFiles,
+        *,
+        every: int,
+        last: int,
+        cohort: int,
+        devices: int,
+        about: Callable[[int], dict[str, Any]],
+    ):
+        self._journal, self._history, self._about = journal, history, about
+        self._every, self._last, self._cohort, self._devices = every, last, cohort, devices
+        self._turn = threading.Condition()
+        self._error: Exception | None = None
+        self._round = 0  # that is written, 0 for none
+        self._writing = 0  # devices that are at it
+        self._infos: dict[int, RoundInfo] = {}  # of the devices that are done with it
+        self.number = next(_numbers)
+        _recorders[self.number] = self
+
+    def close(self) -> None:
+        """Nothing is written any more, not by a program that is still running either."""
+        _recorders.pop(self.number, None)
+        with self._turn:
+            self._error = self._error or ValueError("the recorder is closed")
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: self._writing == 0)
+
+    def check(self) -> None:
+        """Raises what a device could not raise, as the others would have waited for it for ever."""
+        if self._error is not None:
+            raise self._error
+
+    def part(self, device: int, round: int, server: list, clients: list, info: RoundInfo) -> None:
+        """What a device has after a round: all of the server, and its own clients, and of what happened what is about these,
+        or all where a cohort does not split evenly."""
+        with self._turn:
+            # nothing else holds a device back where nothing is added up over clients
+            self._turn.wait_for(lambda: self._round in (0, round) or self._error is not None)
+            if self._error is not None:
+                return
+            self._writing += 1
+        try:
+            self._part(device, round, server, clients, info)
+        except Exception as error:
+            self._error = error
+        finally:
+            with self._turn:
+                self._writing -= 1
+                self._turn.notify_all()
+
+    def _part(self, device: int, round: int, server: list, clients: list, info: RoundInfo) -> None:
+        saves = round % self._every == 0 and round != self._last
+        with self._turn:
+            if self._round == 0 and saves:
+                self._journal.begin()
+            self._round = round
+        shared, own = [as_bytes(x) for x in server], [as_bytes(x) for x in clients]
+        start, size = (sum(part.size for part in parts) for parts in (shared, own))
+        if saves:  # each device in one piece: for many, they would wait for each other at the file
+            self._journal.put(*((0, shared + own) if device == 0 else (start + device * size, own)))
+        info = jax.tree.map(np.array, info)
+        with self._turn:
+            self._infos[device] = info
+            if len(self._infos) < self._devices:
+                return
+            infos = [self._infos[i] for i in range(self._devices if _splits(self._cohort, self._devices) else 1)]
+            self._history.write(round - 1, jax.tree.map(lambda *x: np.concatenate(x)[None], *infos))
+            if saves:
+                self._journal.end(self._about(round), start + self._devices * size)
+            self._round = 0
+            self._infos.clear()
+
+
+def _splits(cohort: int, devices: int) -> bool:
+    return cohort % devices == 0
+
+
+def read_parts(arrays: Callable[[list], list], server: list, clients: list, more: list, *, devices: int) -> list:
+    """What `Journal.newest` gives of a record whose clients so many devices wrote: `[(dtype, shape)]` as arrays.
+
+    >>> written = np.arange(6.0)  # a number of the server, two clients of each device, and one more
+    >>> arrays = lambda shapes: np.split(written, np.cumsum([shape[0] for _, shape in shapes])[:-1])
+    >>> [x.tolist() for x in read_parts(arrays, [(float, (1,))], [(float, (4,))], [(float, (1,))], devices=2)]
+    [[0.0], [1.0, 2.0, 3.0, 4.0], [5.0]]
+    """
+    own = [(dtype, (size // devices, *shape)) for dtype, (size, *shape) in clients]
+    read = arrays([*server, *own * devices, *more])
+    start, end = len(server), len(server) + len(own) * devices
+    joined = [np.concatenate(read[i : end : len(own)]) for i in range(start, start + len(own))]
+    return [*read[:start], *joined, *read[end:]]
+
+
+def record(number: Leaf, state: State, info: RoundInfo, layout: Layout) -> None:
+    """Within a compiled program, after a round: every device calls the `Recorder` of this number."""
+
+    def on_device(*args):
+        device = jnp.int32(0) if layout.mesh is None else jax.lax.axis_index(AXIS)
+        buffer_callback(_called, (), has_side_effect=True)(device, *args)
+        return ()
+
+    leaves = lambda tree: [plain(x) for x in jax.tree.leaves(tree)]  # noqa: E731
+    args = (number, state.server.round, leaves(state.server), leaves(state.clients), info)
+    if layout.mesh is not None:
+        split, whole = PartitionSpec(AXIS), PartitionSpec()
+        specs = (whole, whole, whole, split, split if _splits(len(info.ids), layout.devices) else whole)
+        on_device = jax.shard_map(on_device, mesh=layout.mesh, in_specs=specs, out_specs=(), check_vma=False)
+    on_device(*args)
+
+
+def _called(_, __, *buffers) -> None:
+    device, number, round, server, clients, info = jax.tree.map(np.asarray, buffers)
+    recorder = _recorders.get(int(number))
+    if recorder is not None:
+        recorder.part(int(device), int(round), server, clients, info)
