@@ -9,7 +9,7 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -110,6 +110,7 @@ class Checkpoints:
         self._evaluated: list[int] = []  # after which rounds, of evaluations that are written
         self._same: dict[str, Any] = {}
         self._recorder: Recorder | None = None
+        self._by_save: Callable[[int], bool] = lambda round: True
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder / f"lock-{jax.process_index()}")
         self._manager = _manager(self.folder, self.keep, wait=False)
@@ -130,14 +131,19 @@ class Checkpoints:
         self._noted = done  # in the journal, or else a checkpoint
         return state, history
 
-    def recorder(self, state: State, layout: Layout, cohort: int, last: int) -> int | None:
-        """The number of the `Recorder` that rounds on the device call from this state on; None where `save` does its work."""
+    def recorder(self, state: State, layout: Layout, cohort: int, last: int, eval_every: int | None) -> int | None:
+        """The number of the `Recorder` that rounds on the device call from this state on; None where `save` does its work.
+
+        Where a round is evaluated it always does, so that no state is there without its evaluation.
+        """
         if self.rounds is None or jax.default_backend() != "cpu" or jax.process_count() > 1:
             return None
+        every, devices = self.rounds, layout.devices
+        self._by_save = lambda round: round == last or (eval_every is not None and round % eval_every == 0)
+        saves = lambda round: round % every == 0 and not self._by_save(round)  # noqa: E731
         self._describe(state)
-        about = lambda round: self._meta(round) | {"index": [], "devices": layout.devices}  # noqa: E731
-        options: dict[str, Any] = dict(every=self.rounds, last=last, cohort=cohort, devices=layout.devices, about=about)
-        self._recorder = Recorder(self._journal, self._files, **options)
+        about = lambda round: self._meta(round) | {"index": [], "devices": devices}  # noqa: E731
+        self._recorder = Recorder(self._journal, self._files, saves=saves, cohort=cohort, devices=devices, about=about)
         return self._recorder.number
 
     def bound(self, done: int, last: int) -> int:
@@ -161,7 +167,7 @@ class Checkpoints:
         """Whether to save after this round."""
         least = math.inf if self.minutes is None else max(60 * self.minutes, LEAST_SHARE * self._took)
         self._stop, by_time = _any_process(self._stop, bool(time.monotonic() - self._begun >= least))
-        by_rounds = round == self.bound(round - 1, last)
+        by_rounds = self.rounds is not None and round % self.rounds == 0 and self._by_save(round)
         self._whole = self._stop or by_time or round == last or (by_rounds and jax.process_count() > 1)
         return self._whole or by_rounds
 

@@ -31,8 +31,7 @@ class Recorder:
     Args:
         journal: where a state goes.
         history: where what happened in a round goes, before the state does.
-        every: of so many rounds the last one's state is written,
-        last: but not that of this round, after which there is a checkpoint.
+        saves: `round -> whether` the state after it is written.
         cohort: clients in a round.
         devices: how many call for each round.
         about: `round -> what describes the record`.
@@ -43,14 +42,13 @@ class Recorder:
         journal: Journal,
         history: HistoryFiles,
         *,
-        every: int,
-        last: int,
+        saves: Callable[[int], bool],
         cohort: int,
         devices: int,
         about: Callable[[int], dict[str, Any]],
     ):
         self._journal, self._history, self._about = journal, history, about
-        self._every, self._last, self._cohort, self._devices = every, last, cohort, devices
+        self._saves, self._cohort, self._devices = saves, cohort, devices
         self._turn = threading.Condition()
         self._error: Exception | None = None
         self._round = 0  # that is written, 0 for none
@@ -91,7 +89,7 @@ class Recorder:
                 self._turn.notify_all()
 
     def _part(self, device: int, round: int, server: list, clients: list, info: RoundInfo) -> None:
-        saves = round % self._every == 0 and round != self._last
+        saves = self._saves(round)
         with self._turn:
             if self._round == 0 and saves:
                 self._journal.begin()

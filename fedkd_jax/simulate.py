@@ -159,7 +159,9 @@ def simulate(
             store.round = last
             return state, history
         options = _options(algorithm, cohort or clients, rounds, eval_every) | dict(participation=participation)
-        recorder = None if checkpoints is None else checkpoints.recorder(state, layout, cohort or clients, last)
+        recorder = (
+            None if checkpoints is None else checkpoints.recorder(state, layout, cohort or clients, last, eval_every)
+        )
 
         def run(state: State, count: int) -> tuple[State, list[RoundInfo]]:
             state, info = _run_rounds(state, data, run_key, jnp.int32(count), recorder, **options)
@@ -365,22 +367,6 @@ def _loop(
     """
     infos = [] if earlier is None else [[earlier.rounds]]
     evaluations = [] if earlier is None else [[evaluation] for evaluation in earlier.evaluations]
-
-    def evaluation_due(round: int) -> bool:
-        return eval_every is not None and round % eval_every == 0
-
-    def evaluate_after(round: int) -> None:
-        if evaluate_fn is None:
-            return
-        flush()
-        evaluations.append([{"round": round, **evaluation} for evaluation in evaluate_fn(state)])
-        if checkpoints is not None:
-            checkpoints.note_evaluation(evaluations[-1][0])
-        if on_evaluation is not None:
-            on_evaluation(_histories(infos, evaluations))
-
-    if earlier is not None and evaluation_due(first) and first not in [e["round"] for e in earlier.evaluations]:
-        evaluate_after(first)  # saved, and killed before
     in_one_go = on_rounds is None and checkpoints is None
     done, per_call = first, min(eval_every or last, last - first) if in_one_go else 1
     while done < last:
@@ -396,8 +382,13 @@ def _loop(
             on_rounds(stop, info)
         if checkpoints is not None:
             checkpoints.note(done, info[0])
-        if stop == last or evaluation_due(stop):
-            evaluate_after(stop)
+        if evaluate_fn is not None and (stop == last or (eval_every and stop % eval_every == 0)):
+            flush()
+            evaluations.append([{"round": stop, **evaluation} for evaluation in evaluate_fn(state)])
+            if on_evaluation is not None:
+                on_evaluation(_histories(infos, evaluations))
+            if checkpoints is not None:
+                checkpoints.note_evaluation(evaluations[-1][0])
         if checkpoints is not None and checkpoints.due(stop, last):
             flush()
             checkpoints.save(state, last)

@@ -1,6 +1,5 @@
 """Laws of `fedkd_jax.checkpoint`: a run goes on from disk to the same bits, whatever happened after it was saved."""
 
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -208,11 +207,12 @@ def stored(where, folder):
     return {"device": lambda: None, "host": HostStore, "disk": lambda: DiskStore(folder, resume=True)}[where]()
 
 
-def saved_run(folder, where="device", total=6, on_rounds=None, cohort=2, key=KEY, **options):
+def saved_run(folder, where="device", total=6, on_rounds=None, on_evaluation=None, cohort=2, key=KEY, **options):
     """The same call each time: it begins, or goes on."""
     options = dict(rounds=1) | options
     store, checkpoints = stored(where, folder), Checkpoints(folder, **options)
-    more = dict(test=TEST, eval_every=4, on_rounds=on_rounds, store=store, checkpoints=checkpoints)
+    more = dict(test=TEST, eval_every=4, on_rounds=on_rounds, on_evaluation=on_evaluation)
+    more |= dict(store=store, checkpoints=checkpoints)
     try:
         return simulate(algorithm(), 5, DATA, key, rounds=total, cohort=cohort, **more)
     finally:
@@ -346,8 +346,9 @@ def test_the_newest_are_kept_and_an_older_one_is_whole(where, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("where", "options", "expected"),
     [
-        ("device", dict(rounds=4), [6]),  # the devices write after round 4
-        ("host", dict(rounds=4), [4, 6]),
+        ("device", dict(rounds=4), [4, 6]),
+        ("device", dict(rounds=1), [4, 6]),  # devices write after the others
+        ("host", dict(rounds=3), [3, 6]),
         ("device", dict(rounds=None), [6]),
         ("device", dict(rounds=None, minutes=0.0), [1, 2]),
     ],
@@ -428,7 +429,8 @@ def test_a_record_is_of_one_round_however_the_devices_run(devices, every, rounds
     folder, told = tmp_path_factory.mktemp("recorder"), []
     files, kept = HistoryFiles(folder), journal.Journal(folder)
     about = lambda round: told.append(kept.newest()) or {"round": round, "rows": len(told)}  # noqa: E731
-    options = dict(every=every, last=rounds, cohort=cohort, devices=devices, about=about)
+    saves = lambda round: round % every == 0 and round != rounds  # noqa: E731
+    options = dict(saves=saves, cohort=cohort, devices=devices, about=about)
     recorder = Recorder(kept, files, **options)
     server = lambda round: [np.full((2, 3), round, np.float32), np.array(round)]  # noqa: E731
     clients = lambda round: [100.0 * round + np.arange(devices * 2 * 3).reshape(devices * 2, 3), np.arange(devices * 2)]  # noqa: E731
@@ -468,7 +470,9 @@ def test_a_record_is_of_one_round_however_the_devices_run(devices, every, rounds
 
 def test_a_device_that_cannot_write_lets_the_others_go_on(tmp_path, monkeypatch):
     files, kept = HistoryFiles(tmp_path), journal.Journal(tmp_path)
-    recorder = Recorder(kept, files, every=1, last=9, cohort=1, devices=2, about=lambda round: {"round": round})
+    recorder = Recorder(
+        kept, files, saves=lambda round: True, cohort=1, devices=2, about=lambda round: {"round": round}
+    )
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(journal.Journal, "put", lambda *_: (_ for _ in ()).throw(full))
     run = lambda: [recorder.part(1, round, [], [], some_info(1)) for round in (1, 2, 3)]  # noqa: E731
@@ -488,7 +492,7 @@ def test_files_are_closed_only_when_no_device_writes(tmp_path, monkeypatch):
     """A program that runs on after an interrupt must not write where another file is by then."""
     kept, begun, goes_on, closed = journal.Journal(tmp_path), *(threading.Event() for _ in range(3))
     recorder = Recorder(
-        kept, HistoryFiles(tmp_path), every=1, last=9, cohort=1, devices=1, about=lambda r: {"round": r}
+        kept, HistoryFiles(tmp_path), saves=lambda round: True, cohort=1, devices=1, about=lambda r: {"round": r}
     )
     monkeypatch.setattr(journal.Journal, "put", lambda *_: begun.set() or goes_on.wait(20))
     device = threading.Thread(target=recorder.part, args=(0, 1, [], [], some_info(1)))
@@ -524,16 +528,16 @@ def test_devices_write_their_own_clients_and_the_next_run_is_the_same_program(na
     assert programs[0] == programs[1]
 
 
-def test_an_evaluation_that_was_not_written_is_made_again(tmp_path):
-    """Killed between the record of round 4, which devices write, and its evaluation."""
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_no_state_is_there_without_its_evaluation(where, tmp_path):
+    """Killed after round 4, before it was evaluated: the state is that of round 3."""
     with pytest.raises(Killed):
-        saved_run(tmp_path, on_rounds=killed_after(4))
-    assert Checkpoints(tmp_path).latest() == 4
-    assert not (tmp_path / "evaluation-4.npz").exists()
-    for on_rounds in (killed_after(5), None):
-        with pytest.raises(Killed) if on_rounds else contextlib.nullcontext():
-            state, history = saved_run(tmp_path, on_rounds=on_rounds)
-    same_as_in_one_piece(tmp_path, "device", state, history)
+        saved_run(tmp_path, where, on_rounds=killed_after(4))
+    assert Checkpoints(tmp_path).latest() == 3
+    evaluated = []
+    state, history = saved_run(tmp_path, where, on_evaluation=lambda history: evaluated.append(history.evaluations[-1]))
+    same_as_in_one_piece(tmp_path, where, state, history)
+    assert [evaluation["round"] for evaluation in evaluated] == [4, 6]
 
 
 def test_what_fails_when_orbax_writes_is_told_as_the_disks(tmp_path, monkeypatch):
