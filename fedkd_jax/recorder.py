@@ -35,6 +35,19 @@ class Recorder:
         cohort: clients in a round.
         devices: how many call for each round.
         about: `round -> what describes the record`.
+
+    >>> import dataclasses, pathlib, tempfile
+    >>> journal, history = (kind(pathlib.Path(tempfile.mkdtemp())) for kind in (Journal, HistoryFiles))
+    >>> options = dict(saves=lambda round: True, cohort=4, devices=2, about=lambda round: {"round": round})
+    >>> recorder, none = Recorder(journal, history, **options), {"terms": (), "ranks": {}, "turn": ()}
+    >>> info = RoundInfo(**{field.name: np.zeros(2) for field in dataclasses.fields(RoundInfo)} | none)
+    >>> for device in (1, 0): recorder.part(device, 5, [np.ones(1)], [np.full(3, device)], info)
+    >>> recorder.close()
+    >>> about, arrays = journal.newest()
+    >>> about["round"], [x.tolist() for x in read_parts(arrays, [(float, (1,))], [(int, (6,))], [], devices=2)]
+    (5, [[1.0], [0, 0, 0, 1, 1, 1]])
+    >>> journal.close(), history.close()
+    (None, None)
     """
 
     def __init__(
@@ -131,7 +144,17 @@ def read_parts(arrays: Callable[[list], list], server: list, clients: list, more
 
 
 def record(number: Leaf, state: State, info: RoundInfo, layout: Layout) -> None:
-    """Within a compiled program, after a round: every device calls the `Recorder` of this number."""
+    """Within a compiled program, after a round: every device calls the `Recorder` of this number.
+
+    >>> import optax, tempfile
+    >>> from fedkd_jax import Checkpoints, fedavg, mlp, simulate
+    >>> from fedkd_jax.data import synthetic
+    >>> algorithm, data = fedavg(mlp((60, 10)), optimizer=optax.sgd(0.1), batch=10), synthetic(6).take(np.arange(6))
+    >>> checkpoints = Checkpoints(tempfile.mkdtemp(), rounds=1)
+    >>> _ = simulate(algorithm, 6, data, jax.random.key(0), rounds=3, checkpoints=checkpoints)  # which calls this
+    >>> Journal(checkpoints.folder).newest()[0]["round"]  # after the third there is a checkpoint
+    2
+    """
 
     def on_device(*args):
         device = jnp.int32(0) if layout.mesh is None else jax.lax.axis_index(AXIS)
