@@ -226,7 +226,7 @@ class Checkpoints:
         round, carried, index = meta["round"], state, {}
         if self._store is not None:
             carried, index = state.server, self._store.index(self.folder, round, sync=False)
-        meta |= {"index": [[name, x.dtype.str, list(x.shape)] for name, x in index.items()]}
+        meta["index"] = [[name, x.dtype.str, list(x.shape)] for name, x in index.items()]
         self._journal.write(meta, [*map(plain, jax.tree.leaves(carried)), *index.values()])
         self._noted = round
         self._forget_others()

@@ -61,18 +61,8 @@ def command(options: Kills, store: str, folder: pathlib.Path) -> list[str]:
         return [*begin, "--resume", str(folder)]
     shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun
     flags = ["--method", options.method, "--rounds", str(options.rounds), "--eval-every", "3", "--store", store]
-    return [
-        *begin,
-        options.config,
-        *flags,
-        *options.flags,
-        "--save-rounds",
-        "1",
-        "--save-minutes",
-        "0",
-        "--out",
-        str(folder),
-    ]
+    saves = ["--save-rounds", "1", "--save-minutes", "0", "--out", str(folder)]
+    return [*begin, options.config, *flags, *options.flags, *saves]
 
 
 def changed(path: pathlib.Path) -> float:
@@ -147,14 +137,12 @@ def differ(one: dict[str, object], other: dict[str, object]) -> list[str]:
 
 def kill_runs(options: Kills, store: str, count: int, where: pathlib.Path, progress: Progress) -> dict[str, str]:
     """A row of the table: so many kills of runs with one store."""
-    draw, env = (
-        random.Random(f"{options.seed} {store}"),
-        dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(where / "cache")),
-    )
+    draw = random.Random(f"{options.seed} {store}")
+    env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(where / "cache"))
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     whole = where / f"{store}-whole"
     task = progress.add_task(f"{store}: in one piece", total=count)
-    for attempt in range(2):  # the second finds its programs compiled: so long does a run take
+    for attempt in range(2):  # the second finds what is not a journal's compiled: so long does a run take
         folder = whole if attempt == 0 else where / f"{store}-again"
         seconds = run_until(command(options, store, folder), folder, env, None, False) or 0.0
     expected, kills, in_save, ended, reboots = results(whole), 0, 0, 0, 0

@@ -5,7 +5,7 @@ the task's score (accuracy.png, f1.png, auc.png), clients.png (who holds what), 
 there are any. `python -m sims.report FOLDER` makes a page of it.
 
 Its checkpoint is written while it runs (--save-rounds, --save-minutes) and at its end. After a kill, a full disk, Ctrl-C or
-SIGTERM, which finish the round and save, `python -m sims.run --resume FOLDER` goes on to the same numbers; with `--rounds N`
+SIGTERM, which finish what runs and save, `python -m sims.run --resume FOLDER` goes on to the same numbers; with `--rounds N`
 also a run that had ended.
 """
 
