@@ -306,6 +306,23 @@ def known_to_all(tree: Any, layout: Layout) -> Any:
     return jax.lax.with_sharding_constraint(tree, layout.sharding()) if several else tree
 
 
+def each_device(fn: Callable[[Any, PyTree, PyTree], None], own: PyTree, shared: PyTree, *, layout: Layout) -> None:
+    """Within a compiled program: every device runs `fn(device, own, shared)` for its effects, with its number, [] int32, its
+    rows of `own`, which split evenly, and all of `shared`.
+
+    >>> each_device(lambda device, own, shared: print(device, own, shared), jnp.arange(3), jnp.int32(7), layout=Layout())
+    0 [0 1 2] 7
+    """
+
+    def on_device(own, shared):
+        fn(jnp.int32(0) if layout.mesh is None else jax.lax.axis_index(AXIS), own, shared)
+
+    if layout.mesh is not None:
+        specs = (PartitionSpec(AXIS), PartitionSpec())
+        on_device = jax.shard_map(on_device, mesh=layout.mesh, in_specs=specs, out_specs=None, check_vma=False)
+    on_device(own, shared)
+
+
 def pair_places(
     into: np.ndarray, source: np.ndarray, new: int, old: int, devices: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
-from jax.sharding import PartitionSpec
 
 from fedkd_jax.history import HistoryFiles
 from fedkd_jax.journal import Journal, as_bytes, plain
-from fedkd_jax.parallel import AXIS, Layout
+from fedkd_jax.parallel import Layout, each_device
 from fedkd_jax.types import Leaf, RoundInfo, State
 
 # programs name theirs by a number, so that the next run's is not another program
@@ -155,23 +153,16 @@ def record(number: Leaf, state: State, info: RoundInfo, layout: Layout) -> None:
     >>> Journal(checkpoints.folder).newest()[0]["round"]  # after the third there is a checkpoint
     2
     """
-
-    def on_device(*args):
-        device = jnp.int32(0) if layout.mesh is None else jax.lax.axis_index(AXIS)
-        buffer_callback(_called, (), has_side_effect=True)(device, *args)
-        return ()
-
     leaves = lambda tree: [plain(x) for x in jax.tree.leaves(tree)]  # noqa: E731
-    args = (number, state.server.round, leaves(state.server), leaves(state.clients), info)
-    if layout.mesh is not None:
-        split, whole = PartitionSpec(AXIS), PartitionSpec()
-        specs = (whole, whole, whole, split, split if _splits(len(info.ids), layout.devices) else whole)
-        on_device = jax.shard_map(on_device, mesh=layout.mesh, in_specs=specs, out_specs=(), check_vma=False)
-    on_device(*args)
+    own: dict[str, Any] = {"clients": leaves(state.clients)}
+    shared: dict[str, Any] = {"number": number, "round": state.server.round, "server": leaves(state.server)}
+    (own if _splits(len(info.ids), layout.devices) else shared)["info"] = info
+    call = buffer_callback(_called, (), has_side_effect=True)
+    each_device(lambda device, own, shared: call({"device": device} | own | shared), own, shared, layout=layout)
 
 
-def _called(_, __, *buffers) -> None:
-    device, number, round, server, clients, info = jax.tree.map(np.asarray, buffers)
-    recorder = _recorders.get(int(number))
+def _called(_, __, buffers) -> None:
+    args = jax.tree.map(np.asarray, buffers)
+    recorder = _recorders.get(int(args["number"]))
     if recorder is not None:
-        recorder.part(int(device), int(round), server, clients, info)
+        recorder.part(int(args["device"]), int(args["round"]), args["server"], args["clients"], args["info"])
