@@ -70,8 +70,7 @@ class Transport:
 
         @custom_vmap
         def carry(content: PyTree, round, *fate) -> PyTree:
-            content, fate = kept_apart((content, (round, *fate)), round)
-            pieces = [_cut(x) for x in jax.tree.leaves(content)]
+            pieces, fate = kept_apart(([_cut(x) for x in jax.tree.leaves(content)], (round, *fate)), round)
             arrived = io_callback(functools.partial(self._carry, direction, shapes), shapes, pieces, *fate)
             return kept_apart(arrived, round)
 

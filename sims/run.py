@@ -89,9 +89,9 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         common.console.print(f"goes on after round {done}" if done else "no checkpoint yet: from the start")
         if config.rounds != saved.rounds:
             common.console.print(f"rounds is {config.rounds}, was {saved.rounds}: so long are schedules from here on")
-        if hardware.chooses_kernels(jax.default_backend(), os.environ.get("XLA_FLAGS", "")):
+        if hardware.unsettled(jax.default_backend(), os.environ.get("XLA_FLAGS", "")):
             common.console.print(
-                "XLA_FLAGS has no --xla_gpu_autotune_level=0: kernels are chosen anew, from here on the same but for rounding"
+                "XLA_FLAGS has no --xla_gpu_deterministic_ops=true: from here on the same but for rounding"
             )
         if devices != were.devices is not None:
             common.console.print(f"devices is {devices}, was {were.devices}: from here on the same but for rounding")

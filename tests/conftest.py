@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # batched LAPACK oversubscri
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jax").startswith("0.10."):  # 0.12 aborts, as it does not know these
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"  # the same bits
 
 import jax
 import pytest
@@ -48,6 +49,13 @@ def eight_devices():
     """A test that needs eight devices does not run where an accelerator is the default platform."""
     if len(jax.devices()) < 8:
         pytest.skip(f"needs 8 devices, JAX sees {len(jax.devices())}")
+
+
+@pytest.fixture
+def cpu():
+    """A test of what is so on a CPU only does not run where an accelerator is the default platform."""
+    if jax.default_backend() != "cpu":
+        pytest.skip(f"needs a CPU, JAX has {jax.default_backend()}")
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ def test_what_a_file_holds_is_never_written_over_by_a_new_run(tmp_path):
     finished(run(load_state(tmp_path, algorithm(), 5, KEY, store=DiskStore(tmp_path, resume=True))))
 
 
-def test_two_processes_go_on_where_one_stopped_and_one_where_two_did(tmp_path):
+def test_two_processes_go_on_where_one_stopped_and_one_where_two_did(cpu, tmp_path):
     """Each has its own range of ids, in a file of its own; the sums are in another order, so it is equal to rounding."""
     layout = Layout(chunk=1)
     alone, history = two_processes.run(layout, two_processes.CLIENTS, 6, store=HostStore())
@@ -347,13 +347,15 @@ def test_the_newest_are_kept_and_an_older_one_is_whole(where, tmp_path, monkeypa
     ("where", "options", "expected"),
     [
         ("device", dict(rounds=4), [4, 6]),
-        ("device", dict(rounds=1), [4, 6]),  # devices write after the others
+        ("device", dict(rounds=1), [4, 6]),  # a CPU's devices write after the others
         ("host", dict(rounds=3), [3, 6]),
         ("device", dict(rounds=None), [6]),
         ("device", dict(rounds=None, minutes=0.0), [1, 2]),
     ],
 )
 def test_a_checkpoint_is_due_by_rounds_by_time_and_at_the_end(where, options, expected, tmp_path, monkeypatch):
+    if options["rounds"] == 1 and jax.default_backend() != "cpu":
+        expected = [1, 2]
     saved, save = [], Checkpoints.save
     monkeypatch.setattr("fedkd_jax.checkpoint.LEAST_SHARE", 0)  # of what the last one took
 

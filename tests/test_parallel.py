@@ -140,7 +140,7 @@ def test_groups_hold_everybody_with_little_padding(clients, chunk):
 
 
 @given(st.integers(1, 300), st.integers(1, 2**22))
-def test_on_a_cpu_a_chunk_fits_the_cache(clients, client_bytes):
+def test_on_a_cpu_a_chunk_fits_the_cache(cpu, clients, client_bytes):
     _, size = Layout().groups(clients, client_bytes)
     assert size == 1 or size * client_bytes <= 2**18
 
