@@ -16,10 +16,12 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -164,5 +166,27 @@ def _events(folder: pathlib.Path, first: int) -> Iterator[SummaryWriter]:
             writer.close()
 
 
+def tell_once() -> None:
+    """For a program: of a file that could not be written Orbax, TensorStore and tensorboardX print hundreds of lines beside
+    what they raise, which the program ends with.
+
+    >>> hooks = sys.unraisablehook, threading.excepthook
+    >>> tell_once()
+    >>> sys.unraisablehook, threading.excepthook = hooks
+    """
+    unraisable, in_thread = sys.unraisablehook, threading.excepthook
+
+    def of_tensorboard(x: object) -> bool:
+        return (getattr(x, "__module__", None) or "").startswith("tensorboardX")
+
+    def is_told(args: Any) -> bool:
+        return of_tensorboard(args.object) or str(args.exc_value) == "Event loop is closed"  # TensorStore's
+
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    sys.unraisablehook = lambda args: None if is_told(args) else unraisable(args)
+    threading.excepthook = lambda args: None if of_tensorboard(args.thread) else in_thread(args)
+
+
 if __name__ == "__main__":
+    tell_once()
     main()

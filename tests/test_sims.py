@@ -182,10 +182,10 @@ def test_what_a_device_may_take_decides_how_many_clients_train_at_once():
     assert 1 < placement.choose_layout(config, options, common_data(config)).chunk < 20
 
 
-def run_program(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+def run_program(*argv: str, cwd: pathlib.Path, shell: str = ":") -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *argv],
+        ["sh", "-c", f'{shell}; exec "$@"', "sh", sys.executable, "-m", *argv],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -204,6 +204,19 @@ def test_a_bad_config_ends_the_program_with_one_line(tmp_path, text):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_once(tmp_path):
+    """As a full disk is; libraries alone print hundreds of lines."""
+    config = str(ROOT / "configs" / "digits.yaml")
+    argv = ["sims.run", config, "--method", "local only", *small(pathlib.Path(config)), "--out", "run"]
+    done = run_program(*argv, cwd=tmp_path, shell="ulimit -f 1000")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a checkpoint could not be written")
+    assert done.stderr.endswith(
+        "saved in run/checkpoint is nothing; it goes on with\npython -m sims.run --resume run\n"
+    )
+    assert done.stderr.count("\n") == 2
 
 
 def test_the_program_sets_its_environment_and_says_so(tmp_path):
