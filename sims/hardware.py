@@ -179,8 +179,7 @@ def choose_devices(devices: int | None, cohort: int) -> int:
 
 def unsettled(backend: str, flags: str) -> bool:
     """Whether a program may have other last digits when it is compiled again, and runs again: on a GPU XLA tries out which
-    kernels are the fastest whenever it compiles, and where numbers go to one place (sketches, gradients of embeddings) they
-    are added in any order.
+    kernels are the fastest whenever it compiles, and numbers that go to one place, as in a sketch, are added in any order.
 
     >>> [unsettled("gpu", flags) for flags in ("", "--xla_gpu_autotune_level=0", "--xla_gpu_deterministic_ops=true")]
     [True, True, False]

@@ -166,14 +166,9 @@ def _events(folder: pathlib.Path, first: int) -> Iterator[SummaryWriter]:
             writer.close()
 
 
-def tell_once() -> None:
+def _tell_once() -> None:
     """For a program: of a file that could not be written Orbax, TensorStore and tensorboardX print hundreds of lines beside
-    what they raise, which the program ends with.
-
-    >>> hooks = sys.unraisablehook, threading.excepthook
-    >>> tell_once()
-    >>> sys.unraisablehook, threading.excepthook = hooks
-    """
+    what they raise, which the program ends with."""
     unraisable, in_thread = sys.unraisablehook, threading.excepthook
 
     def of_tensorboard(x: object) -> bool:
@@ -188,5 +183,5 @@ def tell_once() -> None:
 
 
 if __name__ == "__main__":
-    tell_once()
+    _tell_once()
     main()
